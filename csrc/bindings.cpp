@@ -1,0 +1,203 @@
+// The Python module _core: integers in, Problem out. The only file here that knows of pybind11.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "fastsep.h"
+
+namespace py = pybind11;
+using namespace fastsep;
+
+namespace {
+
+void check(Status status) {
+  if (status != Status::ok) throw py::value_error(describe(status));
+}
+
+Problem to_problem(const py::tuple& fields) {
+  constexpr size_t count = 20;
+  if (fields.size() != count) throw py::value_error("a problem has 20 fields");
+  int64_t v[count];
+  for (size_t i = 0; i < count; ++i) v[i] = fields[i].cast<int64_t>();
+  const auto number = [](int64_t value) {
+    return value >= 0 && value < 1000 ? static_cast<int32_t>(value) : int32_t{-1};
+  };
+  Problem p;
+  p.batch = v[0], p.channels = v[1], p.height = v[2], p.width = v[3];
+  p.out_channels = v[4], p.multiplier = v[5];
+  p.kernel_h = v[6], p.kernel_w = v[7];
+  p.stride_h = v[8], p.stride_w = v[9];
+  p.dilation_h = v[10], p.dilation_w = v[11];
+  p.pad_top = v[12], p.pad_bottom = v[13], p.pad_left = v[14], p.pad_right = v[15];
+  p.dtype = static_cast<Dtype>(number(v[16]));
+  p.layout = static_cast<Layout>(number(v[17]));
+  p.mid_activation = static_cast<Activation>(number(v[18]));
+  p.activation = static_cast<Activation>(number(v[19]));
+  check(validate(p));
+  return p;
+}
+
+Isa to_isa(const std::string& name) {
+  Isa isa;
+  if (name.empty()) {
+    if (best_isa(&isa) == Status::ok) return isa;
+    const char* forced = std::getenv("FASTSEP_ISA");
+    throw py::value_error("FASTSEP_ISA is '" + std::string(forced == nullptr ? "" : forced) +
+                          "', expected one that is compiled in and runs on this processor");
+  }
+  if (!isa_from_name(name.c_str(), &isa)) throw py::value_error("isa is '" + name + "', which is not known");
+  if (!isa_available(isa)) throw py::value_error("isa is '" + name + "', which does not run on this processor");
+  return isa;
+}
+
+// FASTSEP_ISA is read once: looking it up and asking the processor takes longer than a small layer.
+Isa fast_isa(const std::string& name) {
+  static Isa best = Isa::best;
+  if (!name.empty()) return to_isa(name);
+  if (best == Isa::best) best = to_isa(name);
+  return best;
+}
+
+const void* address(uintptr_t value) { return reinterpret_cast<const void*>(value); }
+void* mutable_address(uintptr_t value) { return reinterpret_cast<void*>(value); }
+
+Weights to_weights(uintptr_t depthwise_weight, uintptr_t depthwise_bias, uintptr_t pointwise_weight, uintptr_t bias) {
+  return {address(depthwise_weight), address(depthwise_bias), address(pointwise_weight), address(bias)};
+}
+
+// Scratch memory of one thread's calls, kept between them: fresh pages would cost a small layer more than its work.
+class Workspace {
+ public:
+  void* ask(size_t bytes) {
+    if (bytes > size_) {
+      memory_.reset();
+      size_ = 0;
+      const size_t rounded = (bytes + alignment - 1) / alignment * alignment;
+      memory_.reset(std::aligned_alloc(alignment, rounded));
+      if (memory_ == nullptr) throw std::bad_alloc();
+      size_ = rounded;
+    }
+    return memory_.get();
+  }
+  void give_back() {
+    if (size_ > keep) {
+      memory_.reset();
+      size_ = 0;
+    }
+  }
+
+ private:
+  static constexpr size_t alignment = 64, keep = size_t{32} << 20;
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<void, Free> memory_;
+  size_t size_ = 0;
+};
+
+thread_local Workspace workspace;
+thread_local Isa last_isa = Isa::best;
+
+template <class Run>
+void run_forward(const Problem& problem, Isa isa, bool with_packed, Run run) {
+  const Executor executor = current_executor();
+  size_t bytes = 0;
+  check(workspace_bytes(problem, isa, executor.threads, with_packed, &bytes));
+  void* memory = workspace.ask(bytes);
+  Status status;
+  {
+    py::gil_scoped_release release;
+    status = run(memory, bytes, executor);
+  }
+  workspace.give_back();
+  check(status);
+  last_isa = isa;
+}
+
+void forward_plain(const py::tuple& fields, const std::string& isa_name, uintptr_t input, uintptr_t depthwise_weight,
+                   uintptr_t depthwise_bias, uintptr_t pointwise_weight, uintptr_t bias, uintptr_t output) {
+  const Problem problem = to_problem(fields);
+  const Isa isa = fast_isa(isa_name);
+  const Weights weights = to_weights(depthwise_weight, depthwise_bias, pointwise_weight, bias);
+  run_forward(problem, isa, true, [&](void* memory, size_t bytes, const Executor& executor) {
+    return forward_unpacked(problem, isa, address(input), weights, mutable_address(output), memory, bytes, executor);
+  });
+}
+
+void forward_packed(const py::tuple& fields, const std::string& isa_name, uintptr_t input, uintptr_t packed,
+                    size_t packed_size, uintptr_t output) {
+  const Problem problem = to_problem(fields);
+  const Isa isa = fast_isa(isa_name);
+  run_forward(problem, isa, false, [&](void* memory, size_t bytes, const Executor& executor) {
+    return forward(problem, isa, address(input), address(packed), packed_size, mutable_address(output), memory, bytes,
+                   executor);
+  });
+}
+
+std::vector<std::string> isa_names(bool runnable) {
+  std::vector<std::string> names;
+  for (int32_t i = 0; i < isa_count; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (runnable ? isa_available(isa) : isa_compiled(isa)) names.push_back(isa_name(isa));
+  }
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
+  m.doc() = "Native core of fastsep; see _core.pyi.";
+  m.def("isas", [] { return isa_names(true); });
+  m.def("compiled_isas", [] { return isa_names(false); });
+  m.def("best_isa", [] { return std::string(isa_name(to_isa(""))); });
+  m.def("last_isa", [] { return last_isa == Isa::best ? std::string() : std::string(isa_name(last_isa)); });
+  m.def("kernels", [] {
+    std::vector<std::string> names;
+    for (int32_t i = 0; i < kernel_count(); ++i) names.push_back(kernel_name(i));
+    return names;
+  });
+  m.def("set_thread_pool", [](uintptr_t parallel_for, uintptr_t num_threads) {
+    lend_torch_pool(reinterpret_cast<TorchParallelFor>(parallel_for), reinterpret_cast<TorchNumThreads>(num_threads));
+  });
+  m.def("thread_pool", [] { return torch_pool_lent() ? "torch" : "own"; });
+  m.def("set_num_threads", &set_num_threads);
+  m.def("packed_bytes", [](const py::tuple& fields, const std::string& isa) {
+    size_t bytes = 0;
+    check(packed_bytes(to_problem(fields), fast_isa(isa), &bytes));
+    return bytes;
+  });
+  m.def("pack", [](const py::tuple& fields, const std::string& isa, uintptr_t depthwise_weight,
+                   uintptr_t depthwise_bias, uintptr_t pointwise_weight, uintptr_t bias, uintptr_t packed,
+                   size_t packed_size) {
+    check(pack(to_problem(fields), fast_isa(isa), to_weights(depthwise_weight, depthwise_bias, pointwise_weight, bias),
+               mutable_address(packed), packed_size, current_executor()));
+  });
+  m.def("forward", &forward_plain);
+  m.def("forward_packed", &forward_packed);
+  m.def(
+      "reference_forward",
+      [](const py::tuple& fields, uintptr_t input, uintptr_t depthwise_weight, uintptr_t depthwise_bias,
+         uintptr_t pointwise_weight, uintptr_t bias, uintptr_t output, bool magnitude) {
+        const Problem problem = to_problem(fields);
+        const Weights weights = to_weights(depthwise_weight, depthwise_bias, pointwise_weight, bias);
+        py::gil_scoped_release release;
+        reference_forward(problem, address(input), weights, static_cast<double*>(mutable_address(output)), magnitude);
+      },
+      py::arg("problem"), py::arg("input"), py::arg("depthwise_weight"), py::arg("depthwise_bias"),
+      py::arg("pointwise_weight"), py::arg("bias"), py::arg("output"), py::arg("magnitude") = false);
+  m.def("fma_peak", [](const std::string& isa, int32_t dtype, double seconds) {
+    if (dtype != 0 && dtype != 1) throw py::value_error("dtype is 0 for float32 or 1 for float64");
+    double flops = 0;
+    const Isa chosen = fast_isa(isa);
+    py::gil_scoped_release release;
+    check(fma_peak(chosen, static_cast<Dtype>(dtype), seconds, &flops));
+    return flops;
+  });
+}

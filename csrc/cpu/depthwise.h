@@ -1,0 +1,230 @@
+// The depthwise tile, once, on the vector type: along channels for channels-last, along pixels for NCHW.
+//
+//   t[c][oy][ox] = clamp(bias[c] + sum over r, s of
+//                        x[c][oy*stride_h - pad_top + r*dilation_h][ox*stride_w - pad_left + s*dilation_w] * w[c][r][s])
+//
+// Both add the taps in the order (r, s), so a pixel's value does not depend on the tile that it falls in.
+#pragma once
+
+#include "activation.h"
+#include "vector.h"
+
+namespace fastsep {
+namespace FASTSEP_ISA {
+namespace {
+
+// ---- channels-last ------------------------------------------------------------------------------------------------
+
+// Up to Run neighbouring output pixels of one row, all channels, one filter per channel.
+template <class T>
+struct ChannelsLastRun {
+  const T* input;  // pixel (first valid input row, column of the first pixel's first tap); may lie left of the row
+  int64_t input_row_stride;     // elements from one tap's row to the next: dilation_h * W * C
+  int64_t channels;             // also the distance between neighbouring input pixels
+  int64_t column_begin;         // first column inside the plane, counted from `input`
+  int64_t column_end;           // one behind the last
+  int64_t taps_h, taps_w;       // taps_h: those inside the plane
+  int64_t stride_w, dilation_w;
+  const T* weight;  // [taps_h][taps_w][weight_stride]
+  const T* bias;
+  int64_t weight_stride;
+  Clamp<T> clamp;
+  T* scratch;  // pixel p, channel vector v at scratch + v * scratch_stride + p * width
+  int64_t scratch_stride;
+  int pixels;
+};
+
+// One vector of channels.
+// Taps > 0: taps_w = Taps, stride_w = Stride and no dilation; every input vector is loaded once per row of taps and
+// used by all the pixels that it belongs to. 3 taps, stride 1, 7 pixels: 9 + 3 loads for 21 FMAs.
+// Taps = 0: any number of taps, stride and dilation; one load for each FMA, the weight shared by the run.
+template <class V, int Run, int Taps, int Stride, bool Border, class Count>
+FASTSEP_INLINE void channels_last_vector(const ChannelsLastRun<typename V::T>& run, int64_t channel, Count lanes) {
+  using T = typename V::T;
+  using Reg = typename V::Reg;
+  Reg acc[Run];
+  const Reg bias = V::load(run.bias + channel);
+  FASTSEP_UNROLL
+  for (int p = 0; p < Run; ++p) acc[p] = bias;
+  const T* input_row = run.input + channel;
+  const T* weight = run.weight + channel;
+  const auto outside = [&](int64_t column) { return column < run.column_begin || column >= run.column_end; };
+
+  for (int64_t r = 0; r < run.taps_h; ++r, input_row += run.input_row_stride) {
+    if constexpr (Taps > 0) {
+      constexpr int columns = (Run - 1) * Stride + Taps;
+      Reg w[Taps];
+      FASTSEP_UNROLL
+      for (int s = 0; s < Taps; ++s, weight += run.weight_stride) w[s] = V::load(weight);
+      FASTSEP_UNROLL
+      for (int column = 0; column < columns; ++column) {
+        if (Border && outside(column)) continue;
+        const Reg x = V::load_n(input_row + column * run.channels, lanes);
+        FASTSEP_UNROLL
+        for (int s = Taps - 1; s >= 0; --s) {
+          const int offset = column - s;
+          if (offset >= 0 && offset % Stride == 0 && offset / Stride < Run)
+            acc[offset / Stride] = V::fma(x, w[s], acc[offset / Stride]);
+        }
+      }
+    } else {
+      for (int64_t s = 0; s < run.taps_w; ++s, weight += run.weight_stride) {
+        const Reg w = V::load(weight);
+        FASTSEP_UNROLL
+        for (int p = 0; p < Run; ++p) {
+          const int64_t column = p * run.stride_w + s * run.dilation_w;
+          if (Border && (p >= run.pixels || outside(column))) continue;
+          acc[p] = V::fma(V::load_n(input_row + column * run.channels, lanes), w, acc[p]);
+        }
+      }
+    }
+  }
+
+  const Reg low = V::set1(run.clamp.low), high = V::set1(run.clamp.high);
+  T* scratch = run.scratch + channel / V::width * run.scratch_stride;
+  FASTSEP_UNROLL
+  for (int p = 0; p < Run; ++p)
+    if (!Border || p < run.pixels) V::store(scratch + p * V::width, V::min(high, V::max(low, acc[p])));
+}
+
+template <class V, int Run, int Taps, int Stride>
+FASTSEP_NOINLINE void channels_last_run(const ChannelsLastRun<typename V::T>& run) {
+  const int64_t needed = (Run - 1) * run.stride_w + (run.taps_w - 1) * run.dilation_w + 1;
+  const bool border = run.pixels < Run || run.column_begin > 0 || run.column_end < needed;
+  const auto vector = [&](auto is_border, int64_t channel, auto lanes) FASTSEP_INLINE_LAMBDA {
+    channels_last_vector<V, Run, Taps, Stride, decltype(is_border)::value != 0>(run, channel, lanes);
+  };
+  int64_t channel = 0;
+  if (border) {
+    for (; channel + V::width <= run.channels; channel += V::width)
+      vector(Constant<1>(), channel, Constant<V::width>());
+  } else {
+    for (; channel + V::width <= run.channels; channel += V::width)
+      vector(Constant<0>(), channel, Constant<V::width>());
+  }
+  if (channel < run.channels) vector(Constant<1>(), channel, static_cast<int>(run.channels - channel));
+}
+
+// The variants that are worth their code: measured on benchmarks/shapes, see CONTRIBUTING.md.
+template <class V, int Run>
+void channels_last_depthwise(const ChannelsLastRun<typename V::T>& run) {
+  if (run.dilation_w == 1 && run.stride_w == 1) {
+    if (run.taps_w == 3) return channels_last_run<V, Run, 3, 1>(run);
+    if (run.taps_w == 5) return channels_last_run<V, Run, 5, 1>(run);
+    if (run.taps_w == 7) return channels_last_run<V, Run, 7, 1>(run);
+  }
+  if (run.dilation_w == 1 && run.stride_w == 2 && run.taps_w == 3) return channels_last_run<V, Run, 3, 2>(run);
+  channels_last_run<V, Run, 0, 0>(run);
+}
+
+// ---- NCHW ---------------------------------------------------------------------------------------------------------
+
+// One channel of a tile. Its input rows have been copied into rows of zeros as wide as the padding asks, the columns
+// of each sorted by their remainder modulo stride_w, so that every tap of every stride is a plain unit-stride run:
+// output column ox, tap s stands at row[tap_offset(s) + ox]. Rows outside the plane are one row of zeros.
+template <class T>
+struct PlanarChannel {
+  const T* const* rows;  // one pointer for each input row of the tile, from the first tap of the first output row
+  int64_t stride_h, dilation_h;
+  int64_t taps_h, taps_w;
+  const int64_t* tap_offset;  // [taps_w]
+  const T* weight;            // [taps_h][taps_w]
+  T bias;
+  Clamp<T> clamp;
+  T* output;  // output row y at output + y * columns; may run over its end by one vector
+  int64_t out_rows, columns;
+};
+
+constexpr int planar_block = 4;
+
+// Four output rows at a time, so that a weight (any kernel) or also an input vector (3 x 3 with vertical stride
+// StrideH and no dilation) is loaded once for several of them. 3 x 3, stride 1: nine weights resident, 6 rows x 3
+// loads for 36 FMAs; 9 weights + 4 sums + 3 inputs are 16 registers. StrideH = 0: any kernel.
+template <class V, int StrideH>
+FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
+  using T = typename V::T;
+  using Reg = typename V::Reg;
+  constexpr int block = planar_block;
+  const Reg low = V::set1(channel.clamp.low), high = V::set1(channel.clamp.high);
+  constexpr int resident = StrideH > 0 ? 9 : 1;
+  Reg weights[resident];
+  FASTSEP_UNROLL
+  for (int i = 0; i < resident; ++i) weights[i] = V::set1(channel.weight[i]);
+  for (int64_t y = 0; y < channel.out_rows; y += block) {
+    const T* const* rows = channel.rows + y * channel.stride_h;
+    const int64_t count = smaller<int64_t>(block, channel.out_rows - y);
+    for (int64_t next = 0; next < channel.columns; next += V::width) {
+      // The last vector of a row moves back to end with it. Where a row is shorter than a vector, what is stored
+      // behind its end is overwritten by the next row.
+      const int64_t x = larger<int64_t>(0, smaller(next, channel.columns - V::width));
+      Reg acc[block];
+      FASTSEP_UNROLL
+      for (int b = 0; b < block; ++b) acc[b] = V::set1(channel.bias);
+      if constexpr (StrideH > 0) {
+        constexpr int taps = 3, input_rows = (block - 1) * StrideH + taps;
+        FASTSEP_UNROLL
+        for (int i = 0; i < input_rows; ++i) {
+          FASTSEP_UNROLL
+          for (int s = 0; s < taps; ++s) {
+            const Reg input = V::load(rows[i] + x + channel.tap_offset[s]);
+            FASTSEP_UNROLL
+            for (int b = 0; b < block; ++b) {
+              const int r = i - b * StrideH;
+              if (r >= 0 && r < taps) acc[b] = V::fma(input, weights[r * taps + s], acc[b]);
+            }
+          }
+        }
+      } else {
+        const T* weight = channel.weight;
+        for (int64_t r = 0; r < channel.taps_h; ++r) {
+          const T* const* tap_rows = rows + r * channel.dilation_h;
+          for (int64_t s = 0; s < channel.taps_w; ++s, ++weight) {
+            const Reg w = V::set1(*weight);
+            const int64_t offset = x + channel.tap_offset[s];
+            FASTSEP_UNROLL
+            for (int b = 0; b < block; ++b)
+              acc[b] = V::fma(V::load(tap_rows[b * channel.stride_h] + offset), w, acc[b]);
+          }
+        }
+      }
+      T* output = channel.output + y * channel.columns + x;
+      FASTSEP_UNROLL
+      for (int b = 0; b < block; ++b)
+        if (b < count) V::store(output + b * channel.columns, V::min(high, V::max(low, acc[b])));
+    }
+  }
+}
+
+// The same with every tap tested against the plane: for weights that are not finite, which zeros would turn into NaN.
+template <class T>
+FASTSEP_NOINLINE void planar_depthwise_inside(const PlanarChannel<T>& channel, const T* zeros, int64_t left,
+                                              int64_t width, int64_t stride_w, int64_t dilation_w) {
+  for (int64_t y = 0; y < channel.out_rows; ++y) {
+    for (int64_t x = 0; x < channel.columns; ++x) {
+      T sum = channel.bias;
+      for (int64_t r = 0; r < channel.taps_h; ++r) {
+        const T* row = channel.rows[y * channel.stride_h + r * channel.dilation_h];
+        for (int64_t s = 0; s < channel.taps_w; ++s) {
+          const int64_t column = left + x * stride_w + s * dilation_w;
+          if (row == zeros || column < 0 || column >= width) continue;
+          sum += row[channel.tap_offset[s] + x] * channel.weight[r * channel.taps_w + s];
+        }
+      }
+      if (sum < channel.clamp.low) sum = channel.clamp.low;
+      if (sum > channel.clamp.high) sum = channel.clamp.high;
+      channel.output[y * channel.columns + x] = sum;
+    }
+  }
+}
+
+template <class V>
+void planar_depthwise(const PlanarChannel<typename V::T>& channel) {
+  const bool is_3x3 = channel.taps_h == 3 && channel.taps_w == 3 && channel.dilation_h == 1;
+  if (is_3x3 && channel.stride_h == 1) return planar_rows<V, 1>(channel);
+  if (is_3x3 && channel.stride_h == 2) return planar_rows<V, 2>(channel);
+  planar_rows<V, 0>(channel);
+}
+
+}  // namespace
+}  // namespace FASTSEP_ISA
+}  // namespace fastsep

@@ -1,0 +1,109 @@
+#include "driver.h"
+
+namespace fastsep {
+namespace {
+
+// Second-level cache is 256 KB to 2 MB on the processors that these kernels run on; a tile takes a part of it beside
+// the weights, which stream through.
+constexpr int64_t tile_bytes = 192 * 1024;
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How the work is cut. It depends on the number of threads, but no sum does: a tile's border changes which pixels are
+// computed together, never the order in which one pixel's products are added.
+void partition(const Kernel& kernel, int threads, ForwardPlan* plan) {
+  const Problem& p = plan->problem;
+  const int64_t element = p.dtype == Dtype::f32 ? 4 : 8;
+  const int64_t pixel_bytes = p.multiplier * plan->layout.padded_channels * element;
+  const int64_t pixels = most(tile_bytes / pixel_bytes, 2 * kernel.shape.rows);
+  // Whole rows where they fit, else parts of one row.
+  plan->column_tiles = divide_up(plan->out_width, pixels);
+  const int64_t columns = divide_up(plan->out_width, plan->column_tiles);
+  const int64_t rows = plan->column_tiles > 1 ? 1 : most(1, least(plan->out_height, pixels / columns));
+  plan->row_tiles = divide_up(plan->out_height, rows);
+  plan->panel_tiles = 1;
+
+  // Every thread the same number of tiles: first by lower tiles, then by sharing out the output channels, which
+  // repeats the depthwise half.
+  const int64_t per_row = p.batch * plan->column_tiles;
+  if (threads > 1 && per_row > 0 && per_row * plan->row_tiles % threads != 0) {
+    const int64_t wanted = divide_up(per_row * plan->row_tiles, threads) * threads;
+    plan->row_tiles = least(plan->out_height, divide_up(wanted, per_row));
+    const int64_t units = per_row * plan->row_tiles;
+    if (units < threads) plan->panel_tiles = least(plan->layout.panels, divide_up(threads, units));
+  }
+  plan->scratch_bytes = kernel.scratch_bytes(*plan, divide_up(plan->out_height, plan->row_tiles),
+                                             divide_up(plan->out_width, plan->column_tiles));
+  plan->scratch_bytes = divide_up(plan->scratch_bytes, 64) * 64;
+}
+
+ForwardPlan make_plan(const Problem& problem, const Kernel& kernel, int threads) {
+  ForwardPlan plan = {};
+  plan.problem = problem;
+  plan.out_height = out_height(problem);
+  plan.out_width = out_width(problem);
+  plan.layout = packed_layout(problem, kernel);
+  partition(kernel, threads, &plan);
+  return plan;
+}
+
+struct Job {
+  const ForwardPlan* plan;
+  const Kernel* kernel;
+  int64_t units, slots;
+  char* workspace;
+};
+
+Tile tile_of(const ForwardPlan& plan, int64_t unit) {
+  const auto part = [](int64_t size, int64_t parts, int64_t i) { return size * i / parts; };
+  Tile tile;
+  const int64_t k = unit % plan.panel_tiles;
+  unit /= plan.panel_tiles;
+  const int64_t column = unit % plan.column_tiles;
+  unit /= plan.column_tiles;
+  const int64_t row = unit % plan.row_tiles;
+  tile.image = unit / plan.row_tiles;
+  tile.row_begin = part(plan.out_height, plan.row_tiles, row);
+  tile.row_end = part(plan.out_height, plan.row_tiles, row + 1);
+  tile.column_begin = part(plan.out_width, plan.column_tiles, column);
+  tile.column_end = part(plan.out_width, plan.column_tiles, column + 1);
+  tile.panel_begin = part(plan.layout.panels, plan.panel_tiles, k);
+  tile.panel_end = part(plan.layout.panels, plan.panel_tiles, k + 1);
+  return tile;
+}
+
+// A slot is a thread's share of the units, with scratch of its own.
+void run_slot(void* context, int64_t slot) {
+  const Job& job = *static_cast<const Job*>(context);
+  char* scratch = job.workspace + slot * job.plan->scratch_bytes;
+  const int64_t end = job.units * (slot + 1) / job.slots;
+  for (int64_t unit = job.units * slot / job.slots; unit < end; ++unit)
+    job.kernel->forward_tile(*job.plan, tile_of(*job.plan, unit), scratch);
+}
+
+}  // namespace
+
+void run_on(const Executor& executor, int64_t count, void (*body)(void*, int64_t), void* context) {
+  if (executor.run != nullptr && executor.threads > 1 && count > 1) return executor.run(executor.state, count, body, context);
+  for (int64_t i = 0; i < count; ++i) body(context, i);
+}
+
+size_t scratch_size(const Problem& problem, const Kernel& kernel, int threads) {
+  return static_cast<size_t>(make_plan(problem, kernel, threads).scratch_bytes * threads);
+}
+
+void run_forward(const Problem& problem, const Kernel& kernel, const void* input, const void* packed, void* output,
+                 void* workspace, const Executor& executor) {
+  ForwardPlan plan = make_plan(problem, kernel, executor.threads);
+  plan.input = input;
+  plan.packed = packed_weights(packed);
+  plan.output = output;
+  Job job = {&plan, &kernel, problem.batch * plan.row_tiles * plan.column_tiles * plan.panel_tiles, executor.threads,
+             static_cast<char*>(workspace)};
+  if (job.units < job.slots) job.slots = job.units;
+  run_on(executor, job.slots, run_slot, &job);
+}
+
+}  // namespace fastsep

@@ -1,0 +1,26 @@
+// Sizes, packing and the partition of a problem over threads, for a kernel already chosen.
+#pragma once
+
+#include "kernel.h"
+
+namespace fastsep {
+
+PackedLayout packed_layout(const Problem& problem, const Kernel& kernel);
+
+// In bytes, multiples of 64. Packed weights begin with a header that says what they were made for.
+size_t packed_size(const Problem& problem, const Kernel& kernel);
+bool packed_for(const Problem& problem, const Kernel& kernel, const void* packed, size_t bytes);
+void pack_weights(const Problem& problem, const Kernel& kernel, const Weights& weights, void* packed,
+                  const Executor& executor);
+// The weights themselves, behind the header.
+const void* packed_weights(const void* packed);
+
+// Runs body for every index in [0, count), on the executor's threads where there is more than one.
+void run_on(const Executor& executor, int64_t count, void (*body)(void*, int64_t), void* context);
+
+// Scratch of all threads.
+size_t scratch_size(const Problem& problem, const Kernel& kernel, int threads);
+void run_forward(const Problem& problem, const Kernel& kernel, const void* input, const void* packed, void* output,
+                 void* workspace, const Executor& executor);
+
+}  // namespace fastsep

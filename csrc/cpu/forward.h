@@ -1,0 +1,61 @@
+// The kernel of one instruction set and dtype, put together from the tiles.
+#pragma once
+
+#include "forward_channels_last.h"
+#include "forward_planar.h"
+
+namespace fastsep {
+namespace FASTSEP_ISA {
+namespace {
+
+template <class V, class Shape>
+int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
+  return plan.problem.layout == Layout::nhwc ? ForwardChannelsLast<V, Shape>::scratch_bytes(plan, rows, columns)
+                                             : ForwardPlanar<V, Shape>::scratch_bytes(plan, rows, columns);
+}
+
+template <class V, class Shape>
+void forward_tile(const ForwardPlan& plan, const Tile& tile, void* scratch) {
+  auto* elements = static_cast<typename V::T*>(scratch);
+  if (plan.problem.layout == Layout::nhwc)
+    ForwardChannelsLast<V, Shape>::run(plan, tile, elements);
+  else
+    ForwardPlanar<V, Shape>::run(plan, tile, elements);
+}
+
+// The peak that the kernels are measured against: sums in as many registers as hide any FMA's latency (2 per cycle
+// x 5 cycles at most), nothing loaded or stored.
+template <class V>
+FASTSEP_NOINLINE double fma_chain(int64_t rounds) {
+  constexpr int chains = 12;
+  typename V::Reg acc[chains];
+  FASTSEP_UNROLL
+  for (int i = 0; i < chains; ++i) acc[i] = V::set1(typename V::T(i));
+  const auto factor = V::set1(typename V::T(0.5));
+  for (int64_t round = 0; round < rounds; ++round) {
+    FASTSEP_UNROLL
+    for (int i = 0; i < chains; ++i) acc[i] = V::fma(acc[i], factor, factor);
+  }
+  // The sums are near 1: they are asked for only so that the loop is not left out.
+  FASTSEP_UNROLL
+  for (int i = 1; i < chains; ++i) acc[0] = V::max(acc[0], acc[i]);
+  typename V::T lanes[V::width];
+  V::store(lanes, acc[0]);
+  return lanes[0] > 0 ? 2.0 * chains * V::width * static_cast<double>(rounds) : 0;
+}
+
+}  // namespace
+}  // namespace FASTSEP_ISA
+
+#define FASTSEP_DEFINE_KERNEL(isa_, dtype_, element, Shape)                                                        \
+  const Kernel separable_##dtype_##_##isa_ = {                                                                     \
+      "separable_" #dtype_ "_" #isa_,                                                                              \
+      Isa::isa_,                                                                                                   \
+      Dtype::dtype_,                                                                                               \
+      {isa_::Vec<element>::width, Shape::rows, Shape::columns, Shape::planar_rows, Shape::planar_columns,          \
+       Shape::run},                                                                                                \
+      isa_::scratch_bytes<isa_::Vec<element>, Shape>,                                                              \
+      isa_::forward_tile<isa_::Vec<element>, Shape>,                                                               \
+      isa_::fma_chain<isa_::Vec<element>>};
+
+}  // namespace fastsep

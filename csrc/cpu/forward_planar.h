@@ -1,0 +1,226 @@
+// The forward tile for NCHW.
+//
+// The scratch t is [m*C][stride], the pixels of the tile in one run (whole rows of the plane, or a part of one row).
+// Either
+//   y[k][pixel] = act(bias[k] + sum over i of W[k][i] * t[i][pixel])      vectors of pixels,
+// or, where the run fills its last vector badly (7 x 7 = 49 pixels are 3.06 vectors of 16),
+//   y[pixel][k] with the scratch read as the broadcast side               vectors of output channels,
+// transposed when stored. Both read the same packed weights and add in the same order.
+#pragma once
+
+#include "depthwise.h"
+#include "kernel.h"
+#include "pointwise.h"
+
+namespace fastsep {
+namespace FASTSEP_ISA {
+namespace {
+
+template <class V, class Shape>
+struct ForwardPlanar {
+  using T = typename V::T;
+  static constexpr int Rows = Shape::rows, Columns = Shape::columns;
+  static constexpr int PlanarRows = Shape::planar_rows, PlanarColumns = Shape::planar_columns;
+  static constexpr int panel = Columns * V::width;
+
+  // Parts of the scratch, in elements.
+  struct Layout {
+    int64_t stride;        // of one channel's run of pixels
+    // Copied input rows: tap row r of output row y is copy y * row_stride + r * row_dilation. These are the problem's
+    // stride and dilation, unless those are so large that no two taps share a row: then the gaps are left out.
+    int64_t row_stride, row_dilation, copies;
+    int64_t phases;        // remainders modulo stride_w that taps have
+    int64_t phase_length;  // columns of one remainder, and room for a vector behind them
+    int64_t runs, input, row_pointers, sources, tap_offsets, transposed, total;
+  };
+
+  static Layout layout_of(const ForwardPlan& plan, int64_t rows, int64_t columns) {
+    const Problem& p = plan.problem;
+    constexpr int64_t size = sizeof(T), pointer = sizeof(void*) / size;
+    Layout layout;
+    // One vector more, because the last row is stored whole; and runs a multiple of 1024 bytes apart would share a
+    // few cache sets.
+    layout.stride = round_up(rows * columns, V::width) + V::width;
+    if (layout.stride * size % 1024 == 0) layout.stride += 64 / size;
+    const int64_t last_row = round_up(rows, planar_block) - 1;
+    layout.row_dilation = smaller(p.dilation_h, last_row * p.stride_h + 1);
+    const int64_t reach = (p.kernel_h - 1) * layout.row_dilation + 1;
+    layout.row_stride = smaller(p.stride_h, reach);
+    layout.copies = last_row * layout.row_stride + reach;
+    layout.phases = smaller(p.stride_w, (p.kernel_w - 1) * p.dilation_w + 1);
+    layout.phase_length = round_up(columns + (p.kernel_w - 1) * p.dilation_w / p.stride_w, V::width) + V::width;
+    layout.runs = 0;
+    layout.input = layout.runs + p.multiplier * p.channels * layout.stride;
+    // One row more than the copies: the zeros.
+    layout.row_pointers = layout.input + (layout.copies + 1) * layout.phases * layout.phase_length;
+    layout.sources = layout.row_pointers + round_up(layout.copies * pointer, 64);
+    layout.tap_offsets = layout.sources + round_up(layout.copies * pointer, 64);
+    layout.transposed = layout.tap_offsets + round_up(p.kernel_w * pointer, 64);
+    layout.total = layout.transposed + Rows * panel;
+    return layout;
+  }
+
+  static int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
+    return layout_of(plan, rows, columns).total * int64_t(sizeof(T));
+  }
+
+  // Columns left, left + 1, ... of one input row, zeros outside the plane, sorted by their remainder modulo stride_w.
+  static void copy_row(const T* row, int64_t width, int64_t left, int64_t stride, const Layout& layout, T* copy) {
+    const int64_t phase_length = layout.phase_length;
+    for (int64_t phase = 0; phase < layout.phases; ++phase, copy += phase_length) {
+      const int64_t first = left + phase;  // input column of copy[0]
+      const int64_t begin = smaller(phase_length, first < 0 ? (-first + stride - 1) / stride : 0);
+      const int64_t end = larger(begin, smaller(phase_length, first < width ? (width - first + stride - 1) / stride : 0));
+      for (int64_t i = 0; i < begin; ++i) copy[i] = 0;
+      if (stride == 1) {
+        for (int64_t i = begin; i < end; ++i) copy[i] = row[first + i];
+      } else {
+        for (int64_t i = begin; i < end; ++i) copy[i] = row[first + i * stride];
+      }
+      for (int64_t i = end; i < phase_length; ++i) copy[i] = 0;
+    }
+  }
+
+  // Whether zeros times these weights are zeros.
+  static bool all_finite(const T* weight, int64_t count) {
+    T sum = 0;
+    for (int64_t i = 0; i < count; ++i) sum += weight[i] * T(0);
+    return sum == T(0);
+  }
+
+  static void depthwise_tile(const ForwardPlan& plan, const Tile& tile, const Layout& layout, T* scratch) {
+    const Problem& p = plan.problem;
+    const int64_t rows = tile.row_end - tile.row_begin, columns = tile.column_end - tile.column_begin;
+    const int64_t top = tile.row_begin * p.stride_h - p.pad_top, left = tile.column_begin * p.stride_w - p.pad_left;
+    const int64_t taps = p.kernel_h * p.kernel_w;
+    const int64_t row_elements = layout.phases * layout.phase_length;
+    T* const copies = scratch + layout.input;
+    T* const zeros = copies + layout.copies * row_elements;
+    T** const row_pointers = reinterpret_cast<T**>(scratch + layout.row_pointers);
+    int64_t* const sources = reinterpret_cast<int64_t*>(scratch + layout.sources);
+    int64_t* const tap_offsets = reinterpret_cast<int64_t*>(scratch + layout.tap_offsets);
+    for (int64_t s = 0; s < p.kernel_w; ++s) {
+      const int64_t column = s * p.dilation_w;
+      tap_offsets[s] = column % p.stride_w * layout.phase_length + column / p.stride_w;
+    }
+    // Which rows the taps touch is the same for every channel.
+    for (int64_t i = 0; i < row_elements; ++i) zeros[i] = 0;
+    for (int64_t i = 0; i < layout.copies; ++i) row_pointers[i] = zeros;
+    for (int64_t y = 0; y < rows; ++y) {
+      for (int64_t r = 0; r < p.kernel_h; ++r) {
+        const int64_t i = y * layout.row_stride + r * layout.row_dilation;
+        sources[i] = top + y * p.stride_h + r * p.dilation_h;
+        if (sources[i] >= 0 && sources[i] < p.height) row_pointers[i] = copies + i * row_elements;
+      }
+    }
+
+    PlanarChannel<T> channel;
+    channel.rows = row_pointers;
+    channel.stride_h = layout.row_stride;
+    channel.dilation_h = layout.row_dilation;
+    channel.taps_h = p.kernel_h;
+    channel.taps_w = p.kernel_w;
+    channel.tap_offset = tap_offsets;
+    channel.clamp = clamp_of<T>(p.mid_activation);
+    channel.out_rows = rows;
+    channel.columns = columns;
+    const T* image = static_cast<const T*>(plan.input) + tile.image * p.channels * p.height * p.width;
+    for (int64_t c = 0; c < p.channels; ++c) {
+      const T* plane = image + c * p.height * p.width;
+      for (int64_t i = 0; i < layout.copies; ++i)
+        if (row_pointers[i] != zeros)
+          copy_row(plane + sources[i] * p.width, p.width, left, p.stride_w, layout, row_pointers[i]);
+      for (int64_t filter = 0; filter < p.multiplier; ++filter) {
+        const int64_t i = filter * p.channels + c;
+        channel.weight = packed<T>(plan, plan.layout.depthwise_planar) + i * taps;
+        channel.bias = packed<T>(plan, plan.layout.depthwise_bias)[filter * plan.layout.padded_channels + c];
+        channel.output = scratch + layout.runs + i * layout.stride;
+        if (all_finite(channel.weight, taps))
+          planar_depthwise<V>(channel);
+        else
+          planar_depthwise_inside(channel, zeros, left, p.width, p.stride_w, p.dilation_w);
+        if (!is_clamp(p.mid_activation)) activate<V>(p.mid_activation, channel.output, rows * columns);
+      }
+    }
+  }
+
+  static void run(const ForwardPlan& plan, const Tile& tile, T* scratch) {
+    const Problem& p = plan.problem;
+    const int64_t rows = tile.row_end - tile.row_begin, columns = tile.column_end - tile.column_begin;
+    const int64_t pixels = rows * columns, plane = plan.out_height * plan.out_width;
+    const Layout layout = layout_of(plan, rows, columns);
+    depthwise_tile(plan, tile, layout, scratch);
+
+    const int64_t depth = p.multiplier * p.channels;
+    const int64_t vectors = (pixels + V::width - 1) / V::width;
+    // In units of one FMA per pixel and channel: the vectors' unused lanes, against 16 for the transposing stores.
+    const bool transpose = vectors * V::width * depth > pixels * (depth + 16);
+    T* output = static_cast<T*>(plan.output) + tile.image * p.out_channels * plane + tile.row_begin * plan.out_width +
+                tile.column_begin;
+    for (int64_t k = tile.panel_begin; k < tile.panel_end; ++k) {
+      const T* weights = packed<T>(plan, plan.layout.pointwise) + k * depth * panel;
+      const T* bias = packed<T>(plan, plan.layout.bias) + k * panel;
+      const int64_t channels = smaller<int64_t>(panel, p.out_channels - k * panel);
+      Product<T> product;
+      product.groups = 1;
+      product.depth = product.block_depth = depth;
+      product.a_block_stride = 0;
+      product.clamp = clamp_of<T>(p.activation);
+      if (transpose)
+        channels_by_vector(product, layout, scratch, weights, bias, pixels, channels, output + k * panel * plane, plane);
+      else
+        pixels_by_vector(product, layout, scratch, weights, bias, pixels, channels, output + k * panel * plane, plane);
+      if (!is_clamp(p.activation))
+        for (int64_t i = 0; i < channels; ++i) activate<V>(p.activation, output + (k * panel + i) * plane, pixels);
+    }
+  }
+
+  static void pixels_by_vector(Product<T>& product, const Layout& layout, const T* scratch, const T* weights,
+                               const T* bias, int64_t pixels, int64_t channels, T* output, int64_t plane) {
+    product.a_stride = panel;
+    product.b_stride = layout.stride;
+    product.bias_along_rows = true;
+    product.c_stride = plane;
+    const int64_t vectors = (pixels + V::width - 1) / V::width;
+    const int64_t column_tiles = (vectors + PlanarColumns - 1) / PlanarColumns;
+    const int64_t row_tiles = (channels + PlanarRows - 1) / PlanarRows;
+    for (int64_t j = 0; j < column_tiles; ++j) {
+      const int64_t first = cut(vectors, column_tiles, j), registers = cut(vectors, column_tiles, j + 1) - first;
+      product.b = scratch + layout.runs + first * V::width;
+      product.column_count = smaller<int64_t>(registers * V::width, pixels - first * V::width);
+      for (int64_t i = 0; i < row_tiles; ++i) {
+        const int64_t row = cut(channels, row_tiles, i);
+        product.a = weights + row;
+        product.bias = bias + row;
+        product.c = output + row * plane + first * V::width;
+        multiply<V, PlanarRows, PlanarColumns, 1>(product, cut(channels, row_tiles, i + 1) - row, registers);
+      }
+    }
+  }
+
+  static void channels_by_vector(Product<T>& product, const Layout& layout, T* scratch, const T* weights, const T* bias,
+                                 int64_t pixels, int64_t channels, T* output, int64_t plane) {
+    T* const tile = scratch + layout.transposed;
+    product.a_stride = layout.stride;
+    product.b = weights;
+    product.b_stride = panel;
+    product.bias = bias;
+    product.bias_along_rows = false;
+    product.c = tile;
+    product.c_stride = panel;
+    product.column_count = panel;
+    const int64_t row_tiles = (pixels + Rows - 1) / Rows;
+    for (int64_t i = 0; i < row_tiles; ++i) {
+      const int64_t first = cut(pixels, row_tiles, i), count = cut(pixels, row_tiles, i + 1) - first;
+      product.a = scratch + layout.runs + first;
+      multiply<V, Rows, Columns, 1>(product, count, (channels + V::width - 1) / V::width);
+      for (int64_t channel = 0; channel < channels; ++channel)
+        for (int64_t pixel = 0; pixel < count; ++pixel)
+          output[channel * plane + first + pixel] = tile[pixel * panel + channel];
+    }
+  }
+};
+
+}  // namespace
+}  // namespace FASTSEP_ISA
+}  // namespace fastsep

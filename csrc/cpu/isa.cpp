@@ -1,0 +1,63 @@
+#include "isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+#include "kernel.h"
+
+namespace fastsep {
+namespace {
+
+const char* const names[isa_count] = {"avx512", "avx2", "neon", "scalar"};
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  const int32_t index = static_cast<int32_t>(isa);
+  return index >= 0 && index < isa_count ? names[index] : "best";
+}
+
+bool isa_from_name(const char* name, Isa* isa) {
+  for (int32_t i = 0; i < isa_count; ++i) {
+    if (std::strcmp(name, names[i]) == 0) {
+      *isa = static_cast<Isa>(i);
+      return true;
+    }
+  }
+  return false;
+}
+
+bool isa_supported(Isa isa) {
+  switch (isa) {
+    case Isa::scalar: return true;
+#if defined(__x86_64__) || defined(__i386__)
+    // The compiler's run-time library asks the processor (cpuid) and the operating system (xgetbv).
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+             __builtin_cpu_supports("fma");
+    case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+#if defined(__aarch64__)
+    case Isa::neon: return true;  // part of the architecture's baseline
+#endif
+    default: return false;
+  }
+}
+
+bool isa_compiled(Isa isa) { return find_kernel(isa, Dtype::f32) != nullptr; }
+
+bool isa_available(Isa isa) { return isa_supported(isa) && isa_compiled(isa); }
+
+Status best_isa(Isa* isa) {
+  const char* forced = std::getenv("FASTSEP_ISA");
+  if (forced != nullptr && *forced != '\0')
+    return isa_from_name(forced, isa) && isa_available(*isa) ? Status::ok : Status::unsupported_isa;
+  for (int32_t i = 0; i < isa_count; ++i) {
+    *isa = static_cast<Isa>(i);
+    if (isa_available(*isa)) return Status::ok;
+  }
+  return Status::unsupported_isa;
+}
+
+}  // namespace fastsep

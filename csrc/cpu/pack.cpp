@@ -1,0 +1,144 @@
+// Weights rearranged for a kernel; the layout stands in kernel.h.
+#include <cstring>
+
+#include "driver.h"
+
+namespace fastsep {
+namespace {
+
+// What packed weights were made for, in front of them. 128 bytes keep the weights on a cache line.
+struct Header {
+  uint64_t magic;
+  int32_t isa, dtype;
+  int64_t channels, out_channels, multiplier, kernel_h, kernel_w;
+  int64_t reserved[9];
+};
+constexpr size_t header_bytes = sizeof(Header);
+static_assert(header_bytes == 128, "the weights behind the header are aligned to 64 bytes");
+constexpr uint64_t magic = 0x3150455354534146;  // "FASTSEP1"
+
+Header header_of(const Problem& p, const Kernel& kernel) {
+  Header header = {};
+  header.magic = magic;
+  header.isa = static_cast<int32_t>(kernel.isa);
+  header.dtype = static_cast<int32_t>(kernel.dtype);
+  header.channels = p.channels;
+  header.out_channels = p.out_channels;
+  header.multiplier = p.multiplier;
+  header.kernel_h = p.kernel_h;
+  header.kernel_w = p.kernel_w;
+  return header;
+}
+
+int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 8; }
+
+template <class T>
+struct Packing {
+  const Problem& problem;
+  PackedLayout layout;
+  int64_t panel;
+  Weights weights;
+  T* packed;
+
+  int64_t depth() const { return problem.multiplier * problem.channels; }
+
+  void depthwise() const {
+    const Problem& p = problem;
+    const int64_t taps = p.kernel_h * p.kernel_w;
+    const T* weight = static_cast<const T*>(weights.depthwise_weight);
+    const T* bias = static_cast<const T*>(weights.depthwise_bias);
+    for (int64_t filter = 0; filter < p.multiplier; ++filter) {
+      for (int64_t c = 0; c < layout.padded_channels; ++c) {
+        const bool padding = c >= p.channels;
+        const int64_t from = c * p.multiplier + filter;
+        packed[layout.depthwise_bias + filter * layout.padded_channels + c] =
+            padding || bias == nullptr ? T(0) : bias[from];
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          const T value = padding ? T(0) : weight[from * taps + tap];
+          packed[layout.depthwise_channels_last + (filter * taps + tap) * layout.padded_channels + c] = value;
+          if (!padding) packed[layout.depthwise_planar + (filter * p.channels + c) * taps + tap] = value;
+        }
+      }
+    }
+  }
+
+  // One panel: out[i][k] = weight[k][i], in blocks of 16 x 16 so that both sides stay in first-level cache.
+  void pointwise(int64_t index) const {
+    constexpr int64_t block = 16;
+    const Problem& p = problem;
+    const int64_t first = index * panel;
+    const int64_t count = p.out_channels - first < panel ? p.out_channels - first : panel;
+    const T* weight = static_cast<const T*>(weights.pointwise_weight) + first * depth();
+    const T* bias = static_cast<const T*>(weights.bias);
+    for (int64_t k = 0; k < panel; ++k)
+      packed[layout.bias + first + k] = bias != nullptr && k < count ? bias[first + k] : T(0);
+    for (int64_t filter = 0; filter < p.multiplier; ++filter) {
+      T* out = packed + layout.pointwise + (index * depth() + filter * p.channels) * panel;
+      for (int64_t c = 0; c < p.channels; c += block) {
+        const int64_t rows = p.channels - c < block ? p.channels - c : block;
+        for (int64_t k = 0; k < panel; ++k) {
+          const T* from = weight + k * depth() + c * p.multiplier + filter;
+          for (int64_t i = 0; i < rows; ++i) out[(c + i) * panel + k] = k < count ? from[i * p.multiplier] : T(0);
+        }
+      }
+    }
+  }
+};
+
+template <class T>
+void pack_as(const Problem& problem, const Kernel& kernel, const Weights& weights, void* packed,
+             const Executor& executor) {
+  const Packing<T> packing = {problem, packed_layout(problem, kernel), kernel.shape.vector * kernel.shape.columns,
+                              weights, static_cast<T*>(packed)};
+  const auto body = [](void* context, int64_t index) {
+    const auto& self = *static_cast<const Packing<T>*>(context);
+    if (index == 0)
+      self.depthwise();
+    else
+      self.pointwise(index - 1);
+  };
+  run_on(executor, packing.layout.panels + 1, body, const_cast<Packing<T>*>(&packing));
+}
+
+}  // namespace
+
+PackedLayout packed_layout(const Problem& p, const Kernel& kernel) {
+  const int64_t line = 64 / element_size(p.dtype), taps = p.kernel_h * p.kernel_w;
+  const int64_t panel = kernel.shape.vector * kernel.shape.columns;
+  PackedLayout layout;
+  layout.padded_channels = round_up(p.channels, kernel.shape.vector);
+  layout.panels = (p.out_channels + panel - 1) / panel;
+  layout.depthwise_channels_last = 0;
+  layout.depthwise_planar = round_up(p.multiplier * taps * layout.padded_channels, line);
+  layout.depthwise_bias = layout.depthwise_planar + round_up(p.multiplier * p.channels * taps, line);
+  layout.pointwise = layout.depthwise_bias + round_up(p.multiplier * layout.padded_channels, line);
+  layout.bias = layout.pointwise + round_up(layout.panels * p.multiplier * p.channels * panel, line);
+  layout.elements = layout.bias + round_up(layout.panels * panel, line);
+  return layout;
+}
+
+size_t packed_size(const Problem& problem, const Kernel& kernel) {
+  return header_bytes + static_cast<size_t>(packed_layout(problem, kernel).elements * element_size(problem.dtype));
+}
+
+bool packed_for(const Problem& problem, const Kernel& kernel, const void* packed, size_t bytes) {
+  const Header header = header_of(problem, kernel);
+  return bytes >= packed_size(problem, kernel) && std::memcmp(packed, &header, header_bytes) == 0;
+}
+
+void pack_weights(const Problem& problem, const Kernel& kernel, const Weights& weights, void* packed,
+                  const Executor& executor) {
+  const Header header = header_of(problem, kernel);
+  std::memcpy(packed, &header, header_bytes);
+  void* const behind = static_cast<char*>(packed) + header_bytes;
+  if (problem.dtype == Dtype::f32)
+    pack_as<float>(problem, kernel, weights, behind, executor);
+  else
+    pack_as<double>(problem, kernel, weights, behind, executor);
+}
+
+const void* packed_weights(const void* packed) { return static_cast<const char*>(packed) + header_bytes; }
+
+}  // namespace fastsep

@@ -1,0 +1,99 @@
+// The matrix product, once, on the vector type: one register tile of
+//
+//   C[i][j] = clamp(bias + sum over k of A[i][k] * B[k][j]),   i < Rows, j < Columns * width
+//
+// A is broadcast one element at a time, B is loaded in vectors, C has contiguous rows. The three products of the
+// forward pass are this one with other strides (forward.h).
+#pragma once
+
+#include "activation.h"
+#include "vector.h"
+
+namespace fastsep {
+namespace FASTSEP_ISA {
+namespace {
+
+template <class T>
+struct Product {
+  // A[i][k] for k = group * depth + block * block_depth + p stands at
+  //   a[i * RowStride + (group * blocks + block) * a_block_stride + p * a_stride],
+  // where the last block of each group may be shorter. RowStride is a constant, so that one pointer walks all rows.
+  const T* a;
+  int64_t groups, depth, block_depth;
+  int64_t a_block_stride, a_stride;
+  // B[k][j] at b[k * b_stride + j]
+  const T* b;
+  int64_t b_stride;
+  // bias[j], or bias[i] where the output channels are rows
+  const T* bias;
+  bool bias_along_rows;
+  Clamp<T> clamp;
+  // C[i][j] at c[i * c_stride + j], j < column_count
+  T* c;
+  int64_t c_stride;
+  int64_t column_count;
+};
+
+template <class V, int Rows, int Columns, int RowStride>
+FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
+  using T = typename V::T;
+  using Reg = typename V::Reg;
+  Reg acc[Rows][Columns];
+  FASTSEP_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    FASTSEP_UNROLL
+    for (int j = 0; j < Columns; ++j)
+      acc[i][j] = product.bias_along_rows ? V::set1(product.bias[i]) : V::load(product.bias + j * V::width);
+  }
+
+  const T* b = product.b;
+  const T* a_block = product.a;
+  const int64_t a_stride = product.a_stride, b_stride = product.b_stride;
+  for (int64_t group = 0; group < product.groups; ++group) {
+    for (int64_t left = product.depth; left > 0; left -= product.block_depth, a_block += product.a_block_stride) {
+      const T* a = a_block;
+      for (int64_t k = smaller(left, product.block_depth); k > 0; --k, a += a_stride, b += b_stride) {
+        Reg b_row[Columns];
+        FASTSEP_UNROLL
+        for (int j = 0; j < Columns; ++j) b_row[j] = V::load(b + j * V::width);
+        FASTSEP_UNROLL
+        for (int i = 0; i < Rows; ++i) {
+          const Reg a_element = V::set1(a[i * RowStride]);
+          FASTSEP_UNROLL
+          for (int j = 0; j < Columns; ++j) acc[i][j] = V::fma(a_element, b_row[j], acc[i][j]);
+        }
+      }
+    }
+  }
+
+  const Reg low = V::set1(product.clamp.low), high = V::set1(product.clamp.high);
+  FASTSEP_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    T* c = product.c + i * product.c_stride;
+    FASTSEP_UNROLL
+    for (int j = 0; j < Columns; ++j) {
+      const Reg value = V::min(high, V::max(low, acc[i][j]));
+      const int64_t n = product.column_count - j * V::width;
+      if (n >= V::width)
+        V::store(c + j * V::width, value);
+      else if (n > 0)
+        V::store_n(c + j * V::width, value, static_cast<int>(n));
+    }
+  }
+}
+
+// The tile with as many rows and columns as the end of a plane or panel leaves.
+template <class V, int Rows, int Columns, int RowStride>
+void multiply(const Product<typename V::T>& product, int64_t rows, int64_t columns) {
+  if constexpr (Columns > 1) {
+    if (columns < Columns) return multiply<V, Rows, Columns - 1, RowStride>(product, rows, columns);
+  }
+  if constexpr (Rows > 1) {
+    if (rows < Rows) return multiply<V, Rows - 1, Columns, RowStride>(product, rows, columns);
+  }
+  multiply_tile<V, Rows, Columns, RowStride>(product);
+}
+
+}  // namespace
+}  // namespace FASTSEP_ISA
+}  // namespace fastsep

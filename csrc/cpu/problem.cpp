@@ -1,0 +1,99 @@
+// Checks of a problem, and the words for what can be wrong with it.
+#include <initializer_list>
+
+#include "../fastsep.h"
+
+namespace fastsep {
+namespace {
+
+int64_t out_size(int64_t size, int64_t before, int64_t after, int64_t kernel, int64_t dilation, int64_t stride) {
+  const int64_t room = size + before + after - dilation * (kernel - 1) - 1;
+  return room < 0 ? 0 : room / stride + 1;
+}
+
+// A product that remembers whether it has left the range that 8-byte elements can be addressed in.
+class Checked {
+ public:
+  explicit Checked(int64_t value) : value_(value) {}
+  Checked times(int64_t factor) const {
+    Checked result = *this;
+    if (__builtin_mul_overflow(value_, factor, &result.value_) || result.value_ > limit) result.overflow_ = true;
+    return result;
+  }
+  Checked plus(int64_t summand) const {
+    Checked result = *this;
+    if (__builtin_add_overflow(value_, summand, &result.value_) || result.value_ > limit) result.overflow_ = true;
+    return result;
+  }
+  bool overflow() const { return overflow_; }
+
+ private:
+  static constexpr int64_t limit = INT64_MAX / 64;
+  int64_t value_;
+  bool overflow_ = false;
+};
+
+bool extent_overflows(int64_t size, int64_t before, int64_t after, int64_t kernel, int64_t dilation, int64_t stride) {
+  const Checked padded = Checked(size).plus(before).plus(after);
+  // Room for a vector and a block of rows behind the last tap.
+  const Checked reach = Checked(kernel).times(dilation).plus(0);
+  const Checked input = Checked(64).plus(stride).times(stride);
+  return padded.overflow() || reach.overflow() || input.overflow();
+}
+
+}  // namespace
+
+const char* describe(Status status) {
+  switch (status) {
+    case Status::ok: return "ok";
+    case Status::bad_size: return "sizes, stride, dilation and multiplier must be at least 1, batch and padding at least 0";
+    case Status::empty_output: return "the dilated kernel is larger than the padded input, so there is no output";
+    case Status::overflow: return "a product of sizes does not fit in 64 bits";
+    case Status::bad_enum: return "unknown dtype, layout or activation number";
+    case Status::unsupported_isa: return "the instruction set is not compiled in or not supported by this processor";
+    case Status::small_workspace: return "the workspace is smaller than workspace_bytes() asks for";
+    case Status::bad_packed: return "the packed weights were made for another problem or instruction set";
+  }
+  return "unknown status";
+}
+
+int64_t out_height(const Problem& p) {
+  return out_size(p.height, p.pad_top, p.pad_bottom, p.kernel_h, p.dilation_h, p.stride_h);
+}
+
+int64_t out_width(const Problem& p) {
+  return out_size(p.width, p.pad_left, p.pad_right, p.kernel_w, p.dilation_w, p.stride_w);
+}
+
+Status validate(const Problem& p) {
+  const auto in_range = [](int32_t value, int32_t count) { return value >= 0 && value < count; };
+  if (!in_range(static_cast<int32_t>(p.dtype), 2) || !in_range(static_cast<int32_t>(p.layout), 2) ||
+      !in_range(static_cast<int32_t>(p.mid_activation), activation_count) ||
+      !in_range(static_cast<int32_t>(p.activation), activation_count))
+    return Status::bad_enum;
+  for (int64_t size : {p.channels, p.height, p.width, p.out_channels, p.multiplier, p.kernel_h, p.kernel_w, p.stride_h,
+                       p.stride_w, p.dilation_h, p.dilation_w})
+    if (size < 1) return Status::bad_size;
+  for (int64_t size : {p.batch, p.pad_top, p.pad_bottom, p.pad_left, p.pad_right})
+    if (size < 0) return Status::bad_size;
+  if (extent_overflows(p.height, p.pad_top, p.pad_bottom, p.kernel_h, p.dilation_h, p.stride_h) ||
+      extent_overflows(p.width, p.pad_left, p.pad_right, p.kernel_w, p.dilation_w, p.stride_w))
+    return Status::overflow;
+  const int64_t oh = out_height(p), ow = out_width(p);
+  if (oh < 1 || ow < 1) return Status::empty_output;
+  const int64_t batch = p.batch < 1 ? 1 : p.batch;
+  const Checked input = Checked(batch).times(p.channels).times(p.height).times(p.width);
+  const Checked output = Checked(batch).times(p.out_channels).times(oh).times(ow);
+  const Checked depthwise = Checked(p.channels).plus(64).times(p.multiplier).times(p.kernel_h).times(p.kernel_w);
+  const Checked pointwise = Checked(p.out_channels).plus(64).times(p.multiplier).times(p.channels);
+  // The largest scratch: the depthwise output of a whole image, or the copied rows of a plane.
+  const Checked tile = Checked(oh).times(ow).plus(4096).times(p.multiplier).times(p.channels + 64);
+  const Checked rows = Checked(oh).plus(4).times(p.stride_h).plus(p.kernel_h * p.dilation_h);
+  const Checked columns = Checked(ow).plus(p.kernel_w * p.dilation_w + 64).times(p.stride_w);
+  if (input.overflow() || output.overflow() || depthwise.overflow() || pointwise.overflow() || tile.overflow() ||
+      rows.overflow() || columns.overflow())
+    return Status::overflow;
+  return Status::ok;
+}
+
+}  // namespace fastsep

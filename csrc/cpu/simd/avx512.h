@@ -1,0 +1,77 @@
+// The vector type on AVX-512: 32 registers of 512 bits.
+//
+// Every instruction set has this same list of operations; the algorithms are written on it once. Two rules hold:
+// * *_n touch exactly the first n elements of memory, 0 <= n <= width; a load sets the others to zero.
+//   n may be Constant<width>, which makes it the plain load or store.
+// * max(a, b) and min(a, b) give b where either is NaN, so the value that may be NaN goes second.
+#pragma once
+
+#include <immintrin.h>
+
+#include "../vector.h"
+
+// GCC before 13 warns of the undefined pass-through operand in its own definition of _mm512_max_ps and others (GCC bug
+// 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+
+namespace fastsep {
+namespace FASTSEP_ISA {
+namespace {
+
+template <class T>
+struct Vec;
+
+template <>
+struct Vec<float> {
+  using T = float;
+  using Reg = __m512;
+  static constexpr int width = 16;
+
+  static __mmask16 head(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+
+  static Reg load(const T* p) { return _mm512_loadu_ps(p); }
+  static Reg load_n(const T* p, int n) { return _mm512_maskz_loadu_ps(head(n), p); }
+  static Reg load_n(const T* p, Constant<width>) { return load(p); }
+  static void store(T* p, Reg a) { _mm512_storeu_ps(p, a); }
+  static void store_n(T* p, Reg a, int n) { _mm512_mask_storeu_ps(p, head(n), a); }
+  static Reg set1(T a) { return _mm512_set1_ps(a); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Reg pow2(Reg n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+};
+
+template <>
+struct Vec<double> {
+  using T = double;
+  using Reg = __m512d;
+  static constexpr int width = 8;
+
+  static __mmask8 head(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
+
+  static Reg load(const T* p) { return _mm512_loadu_pd(p); }
+  static Reg load_n(const T* p, int n) { return _mm512_maskz_loadu_pd(head(n), p); }
+  static Reg load_n(const T* p, Constant<width>) { return load(p); }
+  static void store(T* p, Reg a) { _mm512_storeu_pd(p, a); }
+  static void store_n(T* p, Reg a, int n) { _mm512_mask_storeu_pd(p, head(n), a); }
+  static Reg set1(T a) { return _mm512_set1_pd(a); }
+  static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
+  static Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }
+  static Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
+  static Reg div(Reg a, Reg b) { return _mm512_div_pd(a, b); }
+  static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
+  static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
+  static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
+  static Reg round(Reg a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static Reg pow2(Reg n) { return _mm512_scalef_pd(_mm512_set1_pd(1.0), n); }
+};
+
+}  // namespace
+}  // namespace FASTSEP_ISA
+}  // namespace fastsep

@@ -1,0 +1,41 @@
+// What the vector types and the algorithms on them share. Included by the files of one instruction set only, so
+// nothing here may have external linkage: the linker would keep one copy, perhaps one that this processor cannot
+// run, for the whole program.
+#pragma once
+
+#include <stdint.h>
+
+#define FASTSEP_INLINE inline __attribute__((always_inline))
+#define FASTSEP_INLINE_LAMBDA __attribute__((always_inline))
+#define FASTSEP_NOINLINE __attribute__((noinline))
+
+// Loops over registers must be unrolled whole, or the compiler keeps the registers in memory.
+#define FASTSEP_UNROLL _Pragma("GCC unroll 64")
+
+namespace fastsep {
+namespace {
+
+// A count that is known when the code is compiled; converts to the count that is not.
+template <int N>
+struct Constant {
+  static constexpr int value = N;
+  constexpr operator int() const { return N; }
+};
+
+template <class A>
+FASTSEP_INLINE A smaller(A a, A b) {
+  return b < a ? b : a;
+}
+
+template <class A>
+FASTSEP_INLINE A larger(A a, A b) {
+  return a < b ? b : a;
+}
+
+FASTSEP_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Where part i begins when `size` is cut into `parts` that differ by one at most.
+FASTSEP_INLINE int64_t cut(int64_t size, int64_t parts, int64_t i) { return size * i / parts; }
+
+}  // namespace
+}  // namespace fastsep

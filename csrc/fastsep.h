@@ -1,0 +1,133 @@
+// fastsep.h: the whole native contract.
+//
+//   y = act(pointwise(mid_act(depthwise(x) + depthwise_bias)) + bias)
+//
+//   t[n, c*m + j, oy, ox] = mid_act(depthwise_bias[c*m + j]
+//       + sum over r < kernel_h, s < kernel_w of
+//         x[n, c, oy*stride_h - pad_top + r*dilation_h, ox*stride_w - pad_left + s*dilation_w]
+//         * depthwise_weight[c*m + j, r, s])
+//   y[n, k, oy, ox] = act(bias[k] + sum over i < C*m of t[n, i, oy, ox] * pointwise_weight[k, i])
+//
+// Taps outside the plane are left out of the sum. x is [N, C, H, W] and y is [N, K, OH, OW], both dense in the
+// same layout (nchw, or nhwc for PyTorch's channels_last); depthwise_weight is [C*m, kernel_h, kernel_w] and
+// pointwise_weight is [K, C*m], both row-major whatever the layout of x.
+//
+// Nothing here allocates, prints, throws or aborts, and nothing knows of PyTorch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fastsep {
+
+enum class Dtype : int32_t { f32 = 0, f64 = 1 };
+
+enum class Layout : int32_t { nchw = 0, nhwc = 1 };
+
+// The order is part of the contract: Python passes these numbers (see fastsep/_native.py).
+enum class Activation : int32_t {
+  identity = 0,
+  relu = 1,
+  relu6 = 2,
+  leaky_relu = 3,  // negative slope 0.01
+  silu = 4,
+  hardswish = 5,
+  hardsigmoid = 6,
+  sigmoid = 7,
+  tanh = 8,
+  gelu = 9,        // x * Phi(x), by erf
+  gelu_tanh = 10,  // the tanh approximation of gelu
+};
+constexpr int32_t activation_count = 11;
+
+enum class Status : int32_t {
+  ok = 0,
+  bad_size,         // a size, stride, dilation or multiplier below 1, a negative padding or batch
+  empty_output,     // the dilated kernel is larger than the padded plane
+  overflow,         // a product of sizes does not fit in 63 bits
+  bad_enum,         // a dtype, layout or activation outside its enumeration
+  unsupported_isa,  // the named instruction set is not there on this machine
+  small_workspace,  // less than workspace_bytes() asked for
+  bad_packed,       // packed weights made for another problem or instruction set
+};
+
+// One sentence for each status, for error messages.
+const char* describe(Status status);
+
+struct Problem {
+  int64_t batch, channels, height, width;
+  int64_t out_channels;
+  int64_t multiplier;  // depthwise filters per input channel
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w;
+  int64_t dilation_h, dilation_w;
+  int64_t pad_top, pad_bottom, pad_left, pad_right;
+  Dtype dtype;
+  Layout layout;
+  Activation mid_activation, activation;
+};
+
+// Checks every field and every product that the kernels form; the other calls expect a problem that passed.
+Status validate(const Problem& problem);
+
+int64_t out_height(const Problem& problem);
+int64_t out_width(const Problem& problem);
+
+// An instruction set, best first. `best` asks for the first that runs here
+// (or the one that the environment variable FASTSEP_ISA names).
+enum class Isa : int32_t { best = -1, avx512 = 0, avx2 = 1, neon = 2, scalar = 3 };
+constexpr int32_t isa_count = 4;
+
+const char* isa_name(Isa isa);
+// False where the name is unknown.
+bool isa_from_name(const char* name, Isa* isa);
+bool isa_compiled(Isa isa);
+// Compiled in, and supported by this processor and operating system.
+bool isa_available(Isa isa);
+// The one that `best` stands for; unsupported_isa where FASTSEP_ISA names none that runs here.
+Status best_isa(Isa* isa);
+
+// Runs body(context, index) for every index in [0, count), on any threads, and returns when all are done.
+struct Executor {
+  int threads = 1;
+  void (*run)(void* state, int64_t count, void (*body)(void* context, int64_t index), void* context) = nullptr;
+  void* state = nullptr;  // of the executor itself
+};
+
+// Every kernel that was compiled in, `op_dtype_isa`.
+int32_t kernel_count();
+const char* kernel_name(int32_t index);
+
+// Weights rearranged for the kernels of one instruction set, so that a frozen layer does it once.
+Status packed_bytes(const Problem& problem, Isa isa, size_t* bytes);
+struct Weights {
+  const void* depthwise_weight;
+  const void* depthwise_bias;  // may be null
+  const void* pointwise_weight;
+  const void* bias;  // may be null
+};
+Status pack(const Problem& problem, Isa isa, const Weights& weights, void* packed, size_t bytes,
+            const Executor& executor);
+
+// Room for the scratch tiles of all threads, and for the packed weights where the caller has none.
+Status workspace_bytes(const Problem& problem, Isa isa, int threads, bool with_packed, size_t* bytes);
+
+// input and output as described above; `packed` as pack() made it. Workspace aligned to 64 bytes.
+// The result is the same to the bit for every number of threads.
+Status forward(const Problem& problem, Isa isa, const void* input, const void* packed, size_t packed_size,
+               void* output, void* workspace, size_t workspace_size, const Executor& executor);
+
+// As forward(), from plain weights: packs them into the workspace first.
+Status forward_unpacked(const Problem& problem, Isa isa, const void* input, const Weights& weights, void* output,
+                        void* workspace, size_t workspace_size, const Executor& executor);
+
+// The oracle: plain loops, sums in double. With `magnitude`, of absolute values throughout (activations left
+// out): the sum |a||b| that an error bound is made of.
+void reference_forward(const Problem& problem, const void* input, const Weights& weights, double* output,
+                       bool magnitude);
+
+// Multiply-adds times two per second that one thread reaches with nothing but FMAs in registers, over about
+// `seconds`.
+Status fma_peak(Isa isa, Dtype dtype, double seconds, double* flops_per_second);
+
+}  // namespace fastsep

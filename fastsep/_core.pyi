@@ -1,0 +1,74 @@
+"""Types of the native module; its sources are csrc/bindings.cpp and csrc/fastsep.h."""
+
+def isas() -> list[str]:
+    """Names of the instruction sets that run here, best first."""
+
+def compiled_isas() -> list[str]:
+    """Names of the instruction sets that were compiled in, best first."""
+
+def best_isa() -> str:
+    """The one in use. Raises ValueError where FASTSEP_ISA names none that runs here."""
+
+def kernels() -> list[str]:
+    """Names of all compiled kernels, ``op_dtype_isa``."""
+
+def set_thread_pool(parallel_for: int, get_num_threads: int) -> None:
+    """Lends torch's pool: addresses of ``torch_parallel_for`` and ``torch_get_num_threads``; 0, 0 takes it back."""
+
+def thread_pool() -> str:
+    """``"torch"`` or ``"own"``."""
+
+def set_num_threads(threads: int) -> None:
+    """Size of the own pool; without effect while torch's is lent."""
+
+def last_isa() -> str:
+    """The instruction set that the calling thread's last forward ran on; empty before the first."""
+
+# A problem is 20 integers, in this order:
+#   batch, channels, height, width, out_channels, multiplier,
+#   kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w,
+#   pad_top, pad_bottom, pad_left, pad_right,
+#   dtype (0 float32, 1 float64), layout (0 NCHW, 1 channels-last), mid_activation, activation
+# `isa` is a name, or "" for the best. Addresses are integers, 0 for a bias that is not there.
+# All raise ValueError for a problem that csrc/fastsep.h's validate() refuses.
+
+def packed_bytes(problem: tuple[int, ...], isa: str) -> int: ...
+def pack(
+    problem: tuple[int, ...],
+    isa: str,
+    depthwise_weight: int,
+    depthwise_bias: int,
+    pointwise_weight: int,
+    bias: int,
+    packed: int,
+    packed_size: int,
+) -> None: ...
+def forward(
+    problem: tuple[int, ...],
+    isa: str,
+    input: int,
+    depthwise_weight: int,
+    depthwise_bias: int,
+    pointwise_weight: int,
+    bias: int,
+    output: int,
+) -> None: ...
+def forward_packed(
+    problem: tuple[int, ...], isa: str, input: int, packed: int, packed_size: int, output: int
+) -> None:
+    """Weights as pack() made them (64-byte aligned address). ValueError where made for another problem or ISA."""
+
+def reference_forward(
+    problem: tuple[int, ...],
+    input: int,
+    depthwise_weight: int,
+    depthwise_bias: int,
+    pointwise_weight: int,
+    bias: int,
+    output: int,
+    magnitude: bool = False,
+) -> None:
+    """The double-precision oracle; output is always float64, in the problem's layout."""
+
+def fma_peak(isa: str, dtype: int, seconds: float) -> float:
+    """Floating-point operations per second of one thread that does nothing but FMAs."""
