@@ -114,8 +114,8 @@ Status workspace_bytes(const Problem& problem, Isa isa, int threads, bool with_p
 
 // input and output as described above; `packed` as pack() made it. Workspace aligned to 64 bytes.
 // The result is the same to the bit for every number of threads.
-Status forward(const Problem& problem, Isa isa, const void* input, const void* packed, size_t packed_size,
-               void* output, void* workspace, size_t workspace_size, const Executor& executor);
+Status forward(const Problem& problem, Isa isa, const void* input, const void* packed, size_t packed_size, void* output,
+               void* workspace, size_t workspace_size, const Executor& executor);
 
 // As forward(), from plain weights: packs them into the workspace first.
 Status forward_unpacked(const Problem& problem, Isa isa, const void* input, const Weights& weights, void* output,

@@ -83,7 +83,7 @@ typename V::Reg hyperbolic_tangent(typename V::Reg x) {
 // towards its largest until that was level: 2e-8.
 template <class V>
 typename V::Reg complementary_error_f32(typename V::Reg z) {
-  const float coefficients[] = {0.05896527f,  -0.26227204f, 0.36383952f, -0.16142984f, 0.23000144f,
+  const float coefficients[] = {0.05896527f, -0.26227204f, 0.36383952f, -0.16142984f, 0.23000144f,
                                 0.13866163f, 0.20390325f,  0.21391985f, 0.21441093f};
   const auto one = V::set1(1);
   const auto t = V::div(one, V::fma(z, V::set1(0.38f), one));

@@ -1,7 +1,8 @@
 // The depthwise tile, once, on the vector type: along channels for channels-last, along pixels for NCHW.
 //
 //   t[c][oy][ox] = clamp(bias[c] + sum over r, s of
-//                        x[c][oy*stride_h - pad_top + r*dilation_h][ox*stride_w - pad_left + s*dilation_w] * w[c][r][s])
+//                        x[c][oy*stride_h - pad_top + r*dilation_h][ox*stride_w - pad_left + s*dilation_w] *
+//                        w[c][r][s])
 //
 // Both add the taps in the order (r, s), so a pixel's value does not depend on the tile that it falls in.
 #pragma once
@@ -19,11 +20,11 @@ namespace {
 template <class T>
 struct ChannelsLastRun {
   const T* input;  // pixel (first valid input row, column of the first pixel's first tap); may lie left of the row
-  int64_t input_row_stride;     // elements from one tap's row to the next: dilation_h * W * C
-  int64_t channels;             // also the distance between neighbouring input pixels
-  int64_t column_begin;         // first column inside the plane, counted from `input`
-  int64_t column_end;           // one behind the last
-  int64_t taps_h, taps_w;       // taps_h: those inside the plane
+  int64_t input_row_stride;  // elements from one tap's row to the next: dilation_h * W * C
+  int64_t channels;          // also the distance between neighbouring input pixels
+  int64_t column_begin;      // first column inside the plane, counted from `input`
+  int64_t column_end;        // one behind the last
+  int64_t taps_h, taps_w;    // taps_h: those inside the plane
   int64_t stride_w, dilation_w;
   const T* weight;  // [taps_h][taps_w][weight_stride]
   const T* bias;

@@ -60,8 +60,8 @@ Status workspace_bytes(const Problem& problem, Isa isa, int threads, bool with_p
   return status;
 }
 
-Status forward(const Problem& problem, Isa isa, const void* input, const void* packed, size_t packed_size,
-               void* output, void* workspace, size_t workspace_size, const Executor& executor) {
+Status forward(const Problem& problem, Isa isa, const void* input, const void* packed, size_t packed_size, void* output,
+               void* workspace, size_t workspace_size, const Executor& executor) {
   const Kernel* kernel;
   const Status status = select(isa, problem.dtype, &kernel);
   if (status != Status::ok) return status;

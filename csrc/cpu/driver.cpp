@@ -86,7 +86,8 @@ void run_slot(void* context, int64_t slot) {
 }  // namespace
 
 void run_on(const Executor& executor, int64_t count, void (*body)(void*, int64_t), void* context) {
-  if (executor.run != nullptr && executor.threads > 1 && count > 1) return executor.run(executor.state, count, body, context);
+  if (executor.run != nullptr && executor.threads > 1 && count > 1)
+    return executor.run(executor.state, count, body, context);
   for (int64_t i = 0; i < count; ++i) body(context, i);
 }
 

@@ -47,15 +47,14 @@ FASTSEP_NOINLINE double fma_chain(int64_t rounds) {
 }  // namespace
 }  // namespace FASTSEP_ISA
 
-#define FASTSEP_DEFINE_KERNEL(isa_, dtype_, element, Shape)                                                        \
-  const Kernel separable_##dtype_##_##isa_ = {                                                                     \
-      "separable_" #dtype_ "_" #isa_,                                                                              \
-      Isa::isa_,                                                                                                   \
-      Dtype::dtype_,                                                                                               \
-      {isa_::Vec<element>::width, Shape::rows, Shape::columns, Shape::planar_rows, Shape::planar_columns,          \
-       Shape::run},                                                                                                \
-      isa_::scratch_bytes<isa_::Vec<element>, Shape>,                                                              \
-      isa_::forward_tile<isa_::Vec<element>, Shape>,                                                               \
+#define FASTSEP_DEFINE_KERNEL(isa_, dtype_, element, Shape)                                                            \
+  const Kernel separable_##dtype_##_##isa_ = {                                                                         \
+      "separable_" #dtype_ "_" #isa_,                                                                                  \
+      Isa::isa_,                                                                                                       \
+      Dtype::dtype_,                                                                                                   \
+      {isa_::Vec<element>::width, Shape::rows, Shape::columns, Shape::planar_rows, Shape::planar_columns, Shape::run}, \
+      isa_::scratch_bytes<isa_::Vec<element>, Shape>,                                                                  \
+      isa_::forward_tile<isa_::Vec<element>, Shape>,                                                                   \
       isa_::fma_chain<isa_::Vec<element>>};
 
 }  // namespace fastsep

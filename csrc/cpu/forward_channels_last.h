@@ -40,7 +40,7 @@ struct ForwardChannelsLast {
 
   // Depthwise for pixels [begin, end) of one output row, into a group at its pixel `slot`.
   static void depthwise_row(const ForwardPlan& plan, int64_t image, int64_t out_row, int64_t begin, int64_t end,
-                                T* group, int64_t slot) {
+                            T* group, int64_t slot) {
     const Problem& p = plan.problem;
     const int64_t taps = p.kernel_h * p.kernel_w;
     const int64_t top = out_row * p.stride_h - p.pad_top;
@@ -87,8 +87,8 @@ struct ForwardChannelsLast {
         for (int64_t pixel = begin; pixel < end;) {
           const int64_t row = r + pixel / columns, column = pixel % columns;
           const int64_t stop = smaller(columns, column + end - pixel);
-          depthwise_row(plan, tile.image, tile.row_begin + row, tile.column_begin + column,
-                            tile.column_begin + stop, group, pixel - begin);
+          depthwise_row(plan, tile.image, tile.row_begin + row, tile.column_begin + column, tile.column_begin + stop,
+                        group, pixel - begin);
           pixel += stop - column;
         }
       }

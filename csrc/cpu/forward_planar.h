@@ -25,7 +25,7 @@ struct ForwardPlanar {
 
   // Parts of the scratch, in elements.
   struct Layout {
-    int64_t stride;        // of one channel's run of pixels
+    int64_t stride;  // of one channel's run of pixels
     // Copied input rows: tap row r of output row y is copy y * row_stride + r * row_dilation. These are the problem's
     // stride and dilation, unless those are so large that no two taps share a row: then the gaps are left out.
     int64_t row_stride, row_dilation, copies;
@@ -70,7 +70,8 @@ struct ForwardPlanar {
     for (int64_t phase = 0; phase < layout.phases; ++phase, copy += phase_length) {
       const int64_t first = left + phase;  // input column of copy[0]
       const int64_t begin = smaller(phase_length, first < 0 ? (-first + stride - 1) / stride : 0);
-      const int64_t end = larger(begin, smaller(phase_length, first < width ? (width - first + stride - 1) / stride : 0));
+      const int64_t end =
+          larger(begin, smaller(phase_length, first < width ? (width - first + stride - 1) / stride : 0));
       for (int64_t i = 0; i < begin; ++i) copy[i] = 0;
       if (stride == 1) {
         for (int64_t i = begin; i < end; ++i) copy[i] = row[first + i];
@@ -167,7 +168,8 @@ struct ForwardPlanar {
       product.a_block_stride = 0;
       product.clamp = clamp_of<T>(p.activation);
       if (transpose)
-        channels_by_vector(product, layout, scratch, weights, bias, pixels, channels, output + k * panel * plane, plane);
+        channels_by_vector(product, layout, scratch, weights, bias, pixels, channels, output + k * panel * plane,
+                           plane);
       else
         pixels_by_vector(product, layout, scratch, weights, bias, pixels, channels, output + k * panel * plane, plane);
       if (!is_clamp(p.activation))

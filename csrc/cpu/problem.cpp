@@ -33,12 +33,14 @@ class Checked {
   bool overflow_ = false;
 };
 
-bool extent_overflows(int64_t size, int64_t before, int64_t after, int64_t kernel, int64_t dilation, int64_t stride) {
+// Everything that the kernels form along one axis: the padded size, the reach of the taps, and the copied input of a
+// tile, with room for a block of rows or a vector behind the last tap.
+bool axis_overflows(int64_t size, int64_t before, int64_t after, int64_t kernel, int64_t dilation, int64_t stride) {
   const Checked padded = Checked(size).plus(before).plus(after);
-  // Room for a vector and a block of rows behind the last tap.
-  const Checked reach = Checked(kernel).times(dilation).plus(0);
-  const Checked input = Checked(64).plus(stride).times(stride);
-  return padded.overflow() || reach.overflow() || input.overflow();
+  const Checked reach = Checked(kernel).times(dilation);
+  const Checked copied = padded.plus(stride).plus(kernel).plus(64).times(64);
+  const Checked stepped = Checked(stride).times(64);
+  return padded.overflow() || reach.overflow() || copied.overflow() || stepped.overflow();
 }
 
 }  // namespace
@@ -46,7 +48,8 @@ bool extent_overflows(int64_t size, int64_t before, int64_t after, int64_t kerne
 const char* describe(Status status) {
   switch (status) {
     case Status::ok: return "ok";
-    case Status::bad_size: return "sizes, stride, dilation and multiplier must be at least 1, batch and padding at least 0";
+    case Status::bad_size:
+      return "sizes, stride, dilation and multiplier must be at least 1, batch and padding at least 0";
     case Status::empty_output: return "the dilated kernel is larger than the padded input, so there is no output";
     case Status::overflow: return "a product of sizes does not fit in 64 bits";
     case Status::bad_enum: return "unknown dtype, layout or activation number";
@@ -76,23 +79,25 @@ Status validate(const Problem& p) {
     if (size < 1) return Status::bad_size;
   for (int64_t size : {p.batch, p.pad_top, p.pad_bottom, p.pad_left, p.pad_right})
     if (size < 0) return Status::bad_size;
-  if (extent_overflows(p.height, p.pad_top, p.pad_bottom, p.kernel_h, p.dilation_h, p.stride_h) ||
-      extent_overflows(p.width, p.pad_left, p.pad_right, p.kernel_w, p.dilation_w, p.stride_w))
+  if (axis_overflows(p.height, p.pad_top, p.pad_bottom, p.kernel_h, p.dilation_h, p.stride_h) ||
+      axis_overflows(p.width, p.pad_left, p.pad_right, p.kernel_w, p.dilation_w, p.stride_w))
     return Status::overflow;
   const int64_t oh = out_height(p), ow = out_width(p);
   if (oh < 1 || ow < 1) return Status::empty_output;
   const int64_t batch = p.batch < 1 ? 1 : p.batch;
+  // Within the limits of axis_overflows() these sums fit.
+  const int64_t reach_h = p.kernel_h * p.dilation_h, reach_w = p.kernel_w * p.dilation_w;
+  if (Checked(p.channels).plus(64).overflow() || Checked(p.out_channels).plus(64).overflow()) return Status::overflow;
+  const int64_t padded_channels = p.channels + 64, padded_out_channels = p.out_channels + 64;
   const Checked input = Checked(batch).times(p.channels).times(p.height).times(p.width);
   const Checked output = Checked(batch).times(p.out_channels).times(oh).times(ow);
-  const Checked depthwise = Checked(p.channels).plus(64).times(p.multiplier).times(p.kernel_h).times(p.kernel_w);
-  const Checked pointwise = Checked(p.out_channels).plus(64).times(p.multiplier).times(p.channels);
+  const Checked depthwise = Checked(padded_channels).times(p.multiplier).times(p.kernel_h).times(p.kernel_w);
+  const Checked pointwise = Checked(padded_out_channels).times(p.multiplier).times(p.channels);
   // The largest scratch: the depthwise output of a whole image, or the copied rows of a plane.
-  const Checked tile = Checked(oh).times(ow).plus(4096).times(p.multiplier).times(p.channels + 64);
-  const Checked rows = Checked(oh).plus(4).times(p.stride_h).plus(p.kernel_h * p.dilation_h);
-  const Checked columns = Checked(ow).plus(p.kernel_w * p.dilation_w + 64).times(p.stride_w);
-  if (input.overflow() || output.overflow() || depthwise.overflow() || pointwise.overflow() || tile.overflow() ||
-      rows.overflow() || columns.overflow())
-    return Status::overflow;
+  const Checked tile = Checked(oh).times(ow).plus(4096).times(p.multiplier).times(padded_channels);
+  const Checked copies = Checked(oh).plus(64).times(p.stride_h).plus(reach_h).times(ow + 64 + reach_w);
+  for (const Checked& product : {input, output, depthwise, pointwise, tile, copies})
+    if (product.overflow()) return Status::overflow;
   return Status::ok;
 }
 

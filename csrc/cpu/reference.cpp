@@ -41,7 +41,8 @@ void reference_as(const Problem& p, const T* x, const Weights& weights, double* 
   for (int64_t n = 0; n < p.batch; ++n) {
     for (int64_t oy = 0; oy < oh; ++oy) {
       for (int64_t ox = 0; ox < ow; ++ox) {
-        for (int64_t k = 0; k < p.out_channels; ++k) y[at(n, k, oy, ox, p.out_channels, oh, ow)] = value(weights.bias, k);
+        for (int64_t k = 0; k < p.out_channels; ++k)
+          y[at(n, k, oy, ox, p.out_channels, oh, ow)] = value(weights.bias, k);
         for (int64_t i = 0; i < depth; ++i) {
           double t = value(weights.depthwise_bias, i);
           for (int64_t r = 0; r < p.kernel_h; ++r) {

@@ -32,7 +32,9 @@ FASTSEP_INLINE A larger(A a, A b) {
   return a < b ? b : a;
 }
 
-FASTSEP_INLINE int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+FASTSEP_INLINE int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
 
 // Where part i begins when `size` is cut into `parts` that differ by one at most.
 FASTSEP_INLINE int64_t cut(int64_t size, int64_t parts, int64_t i) { return size * i / parts; }

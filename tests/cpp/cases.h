@@ -1,0 +1,20 @@
+// The table of cases, tests/cases.txt: one line a case, key=value tokens, '#' begins a comment.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "fastsep.h"
+
+namespace fastsep_tests {
+
+struct Case {
+  std::string line;
+  fastsep::Problem problem;  // dtype and layout are the test's to choose
+  bool depthwise_bias, bias;
+};
+
+// Ends the program with a message where the table cannot be read.
+std::vector<Case> read_cases(const std::string& path);
+
+}  // namespace fastsep_tests

@@ -1,0 +1,220 @@
+// Every kernel of kernels.inc that runs here, on every case of the table, in both layouts:
+// * between guard pages, tight at the end and at the beginning, at addresses aligned to one element only;
+// * into an output filled with NaN;
+// * small integers equal to the oracle to the bit, random numbers within a bound on the rounding of sums;
+// * equal to the bit for 1, 2, 3 and 7 threads, and for packed and plain weights.
+#include <cmath>
+#include <cstring>
+#include <iostream>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "cases.h"
+#include "cpu/kernel.h"
+#include "cpu/parallel.h"
+#include "guarded.h"
+
+namespace fastsep_tests {
+namespace {
+
+using namespace fastsep;
+
+int failures = 0;
+int checks = 0;
+
+const Kernel* const kernels[] = {
+#define FASTSEP_KERNEL(isa, dtype) &separable_##dtype##_##isa,
+#include "cpu/kernels.inc"
+#undef FASTSEP_KERNEL
+};
+
+void expect(bool good, const Kernel& kernel, const Case& c, const Problem& p, const std::string& what) {
+  ++checks;
+  if (good) return;
+  ++failures;
+  std::cerr << "FAILED " << kernel.name << (p.layout == Layout::nhwc ? " nhwc" : " nchw") << ": " << what << "\n  "
+            << c.line << "\n";
+}
+
+template <class T>
+struct Run {
+  const Kernel& kernel;
+  const Case& c;
+  Problem p;
+  bool integers;
+  Tight tight;
+  std::mt19937 random{20240607};
+
+  int64_t output_size() const { return p.batch * p.out_channels * out_height(p) * out_width(p); }
+
+  Guarded numbers(int64_t count) {
+    Guarded memory(static_cast<size_t>(count) * sizeof(T), tight, sizeof(T));
+    std::uniform_int_distribution<int> whole(-2, 2);
+    std::uniform_real_distribution<double> real(-1, 1);
+    for (int64_t i = 0; i < count; ++i) memory.as<T>()[i] = static_cast<T>(integers ? whole(random) : real(random));
+    return memory;
+  }
+
+  Guarded fresh_output() const {
+    const int64_t count = output_size();
+    Guarded memory(static_cast<size_t>(count) * sizeof(T), tight, sizeof(T));
+    for (int64_t i = 0; i < count; ++i) memory.as<T>()[i] = std::numeric_limits<T>::quiet_NaN();
+    return memory;
+  }
+
+  bool forward_on(int threads, const void* input, const Weights& weights, const void* packed, size_t packed_size,
+                  void* output) const {
+    set_num_threads(threads);
+    const Executor executor = current_executor();
+    size_t bytes = 0;
+    if (workspace_bytes(p, kernel.isa, executor.threads, packed == nullptr, &bytes) != Status::ok) return false;
+    const Guarded workspace(bytes, Tight::end, 64);
+    const Status status =
+        packed == nullptr ? forward_unpacked(p, kernel.isa, input, weights, output, workspace.as(), bytes, executor)
+                          : forward(p, kernel.isa, input, packed, packed_size, output, workspace.as(), bytes, executor);
+    return status == Status::ok;
+  }
+
+  void compare_with_oracle(const T* got, const std::vector<double>& oracle, const std::vector<double>& magnitude) {
+    // Rounding: each of the n additions and products of a sum errs by eps of the sum of magnitudes at most; an
+    // activation stretches that by less than 2 (hardswish and silu have slopes up to 1.5) and rounds on its own.
+    const double terms = static_cast<double>(p.kernel_h * p.kernel_w + p.channels * p.multiplier + 8);
+    const double eps = std::numeric_limits<T>::epsilon();
+    int64_t bad = -1, zeros = 0;
+    for (int64_t i = 0; i < output_size(); ++i) {
+      const double error = std::fabs(static_cast<double>(got[i]) - oracle[i]);
+      zeros += oracle[i] == 0;
+      if (integers ? static_cast<T>(oracle[i]) != got[i] : !(error <= 2 * terms * eps * (magnitude[i] + 1))) bad = i;
+    }
+    expect(bad < 0, kernel, c, p,
+           std::string(integers ? "integers" : "reals") + " differ at " + std::to_string(bad) + ": got " +
+               (bad < 0 ? "" : std::to_string(got[bad]) + " for " + std::to_string(oracle[bad])));
+    if (output_size() > 64) expect(zeros * 10 < output_size() * 9, kernel, c, p, "nearly all zeros: proves nothing");
+  }
+
+  void all() {
+    const int64_t depth = p.channels * p.multiplier;
+    const Guarded input = numbers(p.batch * p.channels * p.height * p.width);
+    const Guarded depthwise_weight = numbers(depth * p.kernel_h * p.kernel_w), depthwise_bias = numbers(depth);
+    const Guarded pointwise_weight = numbers(p.out_channels * depth), bias = numbers(p.out_channels);
+    const Weights weights = {depthwise_weight.as(), c.depthwise_bias ? depthwise_bias.as() : nullptr,
+                             pointwise_weight.as(), c.bias ? bias.as() : nullptr};
+    std::vector<double> oracle(static_cast<size_t>(output_size())), magnitude(oracle.size());
+    reference_forward(p, input.as(), weights, oracle.data(), false);
+    reference_forward(p, input.as(), weights, magnitude.data(), true);
+
+    const Guarded output = fresh_output();
+    expect(forward_on(1, input.as(), weights, nullptr, 0, output.as()), kernel, c, p, "forward_unpacked refused");
+    compare_with_oracle(output.as<T>(), oracle, magnitude);
+    if (!integers) return;
+
+    size_t packed_size = 0;
+    expect(packed_bytes(p, kernel.isa, &packed_size) == Status::ok, kernel, c, p, "packed_bytes refused");
+    const Guarded packed(packed_size, tight, 64);
+    expect(pack(p, kernel.isa, weights, packed.as(), packed_size, Executor()) == Status::ok, kernel, c, p,
+           "pack refused");
+    for (int threads : {1, 2, 3, 7}) {
+      const Guarded again = fresh_output();
+      const bool use_packed = threads != 3;
+      expect(forward_on(threads, input.as(), weights, use_packed ? packed.as() : nullptr, packed_size, again.as()),
+             kernel, c, p, "forward refused");
+      expect(std::memcmp(output.as(), again.as(), static_cast<size_t>(output_size()) * sizeof(T)) == 0, kernel, c, p,
+             std::to_string(threads) + " threads give other bits");
+    }
+  }
+};
+
+// exp and its kin make no integers; these two do.
+Problem with_integer_activations(Problem p) {
+  const auto exact = [](Activation a) {
+    return a == Activation::identity || a == Activation::relu || a == Activation::relu6;
+  };
+  if (!exact(p.mid_activation)) p.mid_activation = Activation::relu6;
+  if (!exact(p.activation)) p.activation = Activation::identity;
+  return p;
+}
+
+template <class T>
+void run_case(const Kernel& kernel, const Case& c, Layout layout) {
+  Problem p = c.problem;
+  p.dtype = kernel.dtype;
+  p.layout = layout;
+  const Status status = validate(p);
+  expect(status == Status::ok, kernel, c, p, std::string("validate: ") + describe(status));
+  if (status != Status::ok) return;
+  Run<T>{kernel, c, with_integer_activations(p), true, Tight::end}.all();
+  Run<T>{kernel, c, p, false, Tight::begin}.all();
+}
+
+void refused(const char* what, Status wanted, const Problem& p) {
+  ++checks;
+  if (validate(p) == wanted) return;
+  ++failures;
+  std::cerr << "FAILED validate: " << what << " gave \"" << describe(validate(p)) << "\"\n";
+}
+
+void test_validate(Problem good) {
+  const auto with = [&](int64_t Problem::* field, int64_t value) {
+    Problem p = good;
+    p.*field = value;
+    return p;
+  };
+  refused("a good problem", Status::ok, good);
+  for (auto field : {&Problem::channels, &Problem::height, &Problem::width, &Problem::out_channels,
+                     &Problem::multiplier, &Problem::kernel_h, &Problem::kernel_w, &Problem::stride_h,
+                     &Problem::stride_w, &Problem::dilation_h, &Problem::dilation_w}) {
+    refused("zero", Status::bad_size, with(field, 0));
+    refused("negative", Status::bad_size, with(field, -1));
+  }
+  for (auto field : {&Problem::batch, &Problem::pad_top, &Problem::pad_bottom, &Problem::pad_left, &Problem::pad_right})
+    refused("negative", Status::bad_size, with(field, -1));
+  for (auto field : {&Problem::batch, &Problem::channels, &Problem::height, &Problem::width, &Problem::out_channels,
+                     &Problem::multiplier, &Problem::kernel_h, &Problem::dilation_h, &Problem::stride_h,
+                     &Problem::pad_top, &Problem::pad_right}) {
+    const Status status = validate(with(field, INT64_MAX));
+    refused("the largest integer", status == Status::empty_output ? status : Status::overflow, with(field, INT64_MAX));
+  }
+  refused("a kernel larger than the plane", Status::empty_output, with(&Problem::kernel_h, good.height + 9));
+  Problem p = good;
+  p.activation = static_cast<Activation>(activation_count);
+  refused("an unknown activation", Status::bad_enum, p);
+}
+
+int run(const std::string& path) {
+  const std::vector<Case> cases = read_cases(path);
+  for (const Kernel* kernel : kernels) {
+    if (!isa_available(kernel->isa)) {
+      std::cout << kernel->name << ": not on this processor\n";
+      continue;
+    }
+    const int before = checks;
+    for (const Case& c : cases) {
+      for (Layout layout : {Layout::nchw, Layout::nhwc}) {
+        if (kernel->dtype == Dtype::f32)
+          run_case<float>(*kernel, c, layout);
+        else
+          run_case<double>(*kernel, c, layout);
+      }
+    }
+    std::cout << kernel->name << ": " << cases.size() << " cases, " << checks - before << " checks\n";
+  }
+  for (const Case& c : cases)
+    if (c.problem.batch > 0 && c.problem.pad_top < c.problem.height) {
+      test_validate(c.problem);
+      break;
+    }
+  std::cout << checks - failures << " passed, " << failures << " failed\n";
+  return failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace fastsep_tests
+
+int main(int argc, char** argv) {
+  if (argc != 2) {
+    std::cerr << "usage: fastsep_tests cases.txt\n";
+    return 2;
+  }
+  return fastsep_tests::run(argv[1]);
+}
