@@ -138,19 +138,20 @@ struct PlanarChannel {
 
 constexpr int planar_block = 4;
 
-// Four output rows at a time, so that a weight (any kernel) or also an input vector (3 x 3 with vertical stride
+// Four output rows at a time, so that a weight (any kernel) or also an input vector (Taps x Taps with vertical stride
 // StrideH and no dilation) is loaded once for several of them. 3 x 3, stride 1: nine weights resident, 6 rows x 3
-// loads for 36 FMAs; 9 weights + 4 sums + 3 inputs are 16 registers. StrideH = 0: any kernel.
-template <class V, int StrideH>
+// loads for 36 FMAs; 9 weights + 4 sums + 3 inputs are 16 registers. Larger kernels keep their broadcast weights in
+// memory, one aligned load for each FMA beside (Taps + 3) / (4 Taps) unaligned ones. Taps = 0: any kernel.
+template <class V, int Taps, int StrideH>
 FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
   using T = typename V::T;
   using Reg = typename V::Reg;
   constexpr int block = planar_block;
   const Reg low = V::set1(channel.clamp.low), high = V::set1(channel.clamp.high);
-  constexpr int resident = StrideH > 0 ? 9 : 1;
-  Reg weights[resident];
+  constexpr int known = Taps > 0 ? Taps * Taps : 1;
+  Reg weights[known];
   FASTSEP_UNROLL
-  for (int i = 0; i < resident; ++i) weights[i] = V::set1(channel.weight[i]);
+  for (int i = 0; i < known; ++i) weights[i] = V::set1(channel.weight[i]);
   for (int64_t y = 0; y < channel.out_rows; y += block) {
     const T* const* rows = channel.rows + y * channel.stride_h;
     const int64_t count = smaller<int64_t>(block, channel.out_rows - y);
@@ -161,17 +162,17 @@ FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
       Reg acc[block];
       FASTSEP_UNROLL
       for (int b = 0; b < block; ++b) acc[b] = V::set1(channel.bias);
-      if constexpr (StrideH > 0) {
-        constexpr int taps = 3, input_rows = (block - 1) * StrideH + taps;
+      if constexpr (Taps > 0) {
+        constexpr int input_rows = (block - 1) * StrideH + Taps;
         FASTSEP_UNROLL
         for (int i = 0; i < input_rows; ++i) {
           FASTSEP_UNROLL
-          for (int s = 0; s < taps; ++s) {
+          for (int s = 0; s < Taps; ++s) {
             const Reg input = V::load(rows[i] + x + channel.tap_offset[s]);
             FASTSEP_UNROLL
             for (int b = 0; b < block; ++b) {
               const int r = i - b * StrideH;
-              if (r >= 0 && r < taps) acc[b] = V::fma(input, weights[r * taps + s], acc[b]);
+              if (r >= 0 && r < Taps) acc[b] = V::fma(input, weights[r * Taps + s], acc[b]);
             }
           }
         }
@@ -220,10 +221,15 @@ FASTSEP_NOINLINE void planar_depthwise_inside(const PlanarChannel<T>& channel, c
 
 template <class V>
 void planar_depthwise(const PlanarChannel<typename V::T>& channel) {
-  const bool is_3x3 = channel.taps_h == 3 && channel.taps_w == 3 && channel.dilation_h == 1;
-  if (is_3x3 && channel.stride_h == 1) return planar_rows<V, 1>(channel);
-  if (is_3x3 && channel.stride_h == 2) return planar_rows<V, 2>(channel);
-  planar_rows<V, 0>(channel);
+  if (channel.taps_h == channel.taps_w && channel.dilation_h == 1) {
+    if (channel.stride_h == 1) {
+      if (channel.taps_h == 3) return planar_rows<V, 3, 1>(channel);
+      if (channel.taps_h == 5) return planar_rows<V, 5, 1>(channel);
+      if (channel.taps_h == 7) return planar_rows<V, 7, 1>(channel);
+    }
+    if (channel.stride_h == 2 && channel.taps_h == 3) return planar_rows<V, 3, 2>(channel);
+  }
+  planar_rows<V, 0, 0>(channel);
 }
 
 }  // namespace

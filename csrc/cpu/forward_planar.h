@@ -30,7 +30,8 @@ struct ForwardPlanar {
     // stride and dilation, unless those are so large that no two taps share a row: then the gaps are left out.
     int64_t row_stride, row_dilation, copies;
     int64_t phases;        // remainders modulo stride_w that taps have
-    int64_t phase_length;  // columns of one remainder, and room for a vector behind them
+    int64_t reached;       // columns of one remainder that taps reach
+    int64_t phase_length;  // and room for a vector behind them
     int64_t runs, input, row_pointers, sources, tap_offsets, transposed, total;
   };
 
@@ -48,7 +49,8 @@ struct ForwardPlanar {
     layout.row_stride = smaller(p.stride_h, reach);
     layout.copies = last_row * layout.row_stride + reach;
     layout.phases = smaller(p.stride_w, (p.kernel_w - 1) * p.dilation_w + 1);
-    layout.phase_length = round_up(columns + (p.kernel_w - 1) * p.dilation_w / p.stride_w, V::width) + V::width;
+    layout.reached = columns + (p.kernel_w - 1) * p.dilation_w / p.stride_w;
+    layout.phase_length = round_up(layout.reached, V::width) + V::width;
     layout.runs = 0;
     layout.input = layout.runs + p.multiplier * p.channels * layout.stride;
     // One row more than the copies: the zeros.
@@ -64,21 +66,29 @@ struct ForwardPlanar {
     return layout_of(plan, rows, columns).total * int64_t(sizeof(T));
   }
 
-  // Columns left, left + 1, ... of one input row, zeros outside the plane, sorted by their remainder modulo stride_w.
+  // The columns left, left + 1, ... of one input row that taps reach, zeros outside the plane, sorted by their
+  // remainder modulo stride_w. Whole vectors are written, so up to a vector behind the last column is zero as well.
   static void copy_row(const T* row, int64_t width, int64_t left, int64_t stride, const Layout& layout, T* copy) {
-    const int64_t phase_length = layout.phase_length;
-    for (int64_t phase = 0; phase < layout.phases; ++phase, copy += phase_length) {
+    const auto zero = V::set1(0);
+    for (int64_t phase = 0; phase < layout.phases; ++phase, copy += layout.phase_length) {
       const int64_t first = left + phase;  // input column of copy[0]
-      const int64_t begin = smaller(phase_length, first < 0 ? (-first + stride - 1) / stride : 0);
-      const int64_t end =
-          larger(begin, smaller(phase_length, first < width ? (width - first + stride - 1) / stride : 0));
-      for (int64_t i = 0; i < begin; ++i) copy[i] = 0;
+      const int64_t begin = first < 0 ? smaller(layout.reached, (-first + stride - 1) / stride) : 0;
+      const int64_t inside = first < width ? (width - first + stride - 1) / stride : 0;
+      const int64_t end = larger(begin, smaller(layout.reached, inside));
+      for (int64_t i = 0; i < begin; i += V::width) V::store(copy + i, zero);
+      int64_t i = begin;
       if (stride == 1) {
-        for (int64_t i = begin; i < end; ++i) copy[i] = row[first + i];
+        for (; i + V::width <= end; i += V::width) V::store(copy + i, V::load(row + first + i));
+        if (i < end) V::store(copy + i, V::load_n(row + first + i, static_cast<int>(end - i)));
+        i += i < end ? V::width : 0;
+      } else if (stride == 2) {
+        for (; i < end; i += V::width)
+          V::store(copy + i, V::load_even(row + first + 2 * i, static_cast<int>(smaller<int64_t>(V::width, end - i))));
       } else {
-        for (int64_t i = begin; i < end; ++i) copy[i] = row[first + i * stride];
+        for (; i < end; ++i) copy[i] = row[first + stride * i];
       }
-      for (int64_t i = end; i < phase_length; ++i) copy[i] = 0;
+      for (; i < layout.phase_length - V::width; i += V::width) V::store(copy + i, zero);
+      V::store(copy + layout.phase_length - V::width, zero);
     }
   }
 
@@ -200,6 +210,23 @@ struct ForwardPlanar {
     }
   }
 
+  // output[j][i] = tile[i][j]. The last blocks move back to end with the tile; a side shorter than a block goes one by
+  // one.
+  static void store_transposed(const T* tile, int64_t pixels, int64_t channels, T* output, int64_t plane) {
+    if (pixels < 4 || channels < 4) {
+      for (int64_t j = 0; j < channels; ++j)
+        for (int64_t i = 0; i < pixels; ++i) output[j * plane + i] = tile[i * panel + j];
+      return;
+    }
+    for (int64_t next_j = 0; next_j < channels; next_j += 4) {
+      const int64_t j = smaller(next_j, channels - 4);
+      for (int64_t next_i = 0; next_i < pixels; next_i += 4) {
+        const int64_t i = smaller(next_i, pixels - 4);
+        V::transpose_4x4(tile + i * panel + j, panel, output + j * plane + i, plane);
+      }
+    }
+  }
+
   static void channels_by_vector(Product<T>& product, const Layout& layout, T* scratch, const T* weights, const T* bias,
                                  int64_t pixels, int64_t channels, T* output, int64_t plane) {
     T* const tile = scratch + layout.transposed;
@@ -216,9 +243,7 @@ struct ForwardPlanar {
       const int64_t first = cut(pixels, row_tiles, i), count = cut(pixels, row_tiles, i + 1) - first;
       product.a = scratch + layout.runs + first;
       multiply<V, Rows, Columns, 1>(product, count, (channels + V::width - 1) / V::width);
-      for (int64_t channel = 0; channel < channels; ++channel)
-        for (int64_t pixel = 0; pixel < count; ++pixel)
-          output[channel * plane + first + pixel] = tile[pixel * panel + channel];
+      store_transposed(tile, count, channels, output + first, plane);
     }
   }
 };

@@ -3,6 +3,8 @@
 // Every instruction set has this same list of operations; the algorithms are written on it once. Two rules hold:
 // * *_n touch exactly the first n elements of memory, 0 <= n <= width; a load sets the others to zero.
 //   n may be Constant<width>, which makes it the plain load or store.
+// * load_even(p, n) gives p[0], p[2], ..., p[2n - 2], n <= width, and touches nothing behind the last.
+// * transpose_4x4 writes to[j][i] = from[i][j] for 4 x 4 elements of rows `from_stride` and `to_stride` apart.
 // * max(a, b) and min(a, b) give b where either is NaN, so the value that may be NaN goes second.
 #pragma once
 
@@ -45,6 +47,21 @@ struct Vec<float> {
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg pow2(Reg n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
+  static Reg load_even(const T* p, int n) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const uint32_t touched = (uint32_t{1} << (2 * n - 1)) - 1;
+    return _mm512_permutex2var_ps(_mm512_maskz_loadu_ps(static_cast<__mmask16>(touched), p), even,
+                                  _mm512_maskz_loadu_ps(static_cast<__mmask16>(touched >> width), p + width));
+  }
+  static void transpose_4x4(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+    __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_stride);
+    __m128 c = _mm_loadu_ps(from + 2 * from_stride), d = _mm_loadu_ps(from + 3 * from_stride);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(to, a);
+    _mm_storeu_ps(to + to_stride, b);
+    _mm_storeu_ps(to + 2 * to_stride, c);
+    _mm_storeu_ps(to + 3 * to_stride, d);
+  }
 };
 
 template <>
@@ -70,6 +87,22 @@ struct Vec<double> {
   static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
   static Reg round(Reg a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg pow2(Reg n) { return _mm512_scalef_pd(_mm512_set1_pd(1.0), n); }
+  static Reg load_even(const T* p, int n) {
+    const __m512i even = _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14);
+    const uint32_t touched = (uint32_t{1} << (2 * n - 1)) - 1;
+    return _mm512_permutex2var_pd(_mm512_maskz_loadu_pd(static_cast<__mmask8>(touched), p), even,
+                                  _mm512_maskz_loadu_pd(static_cast<__mmask8>(touched >> width), p + width));
+  }
+  static void transpose_4x4(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+    const __m256d a = _mm256_loadu_pd(from), b = _mm256_loadu_pd(from + from_stride);
+    const __m256d c = _mm256_loadu_pd(from + 2 * from_stride), d = _mm256_loadu_pd(from + 3 * from_stride);
+    const __m256d ab_02 = _mm256_unpacklo_pd(a, b), ab_13 = _mm256_unpackhi_pd(a, b);
+    const __m256d cd_02 = _mm256_unpacklo_pd(c, d), cd_13 = _mm256_unpackhi_pd(c, d);
+    _mm256_storeu_pd(to, _mm256_permute2f128_pd(ab_02, cd_02, 0x20));
+    _mm256_storeu_pd(to + to_stride, _mm256_permute2f128_pd(ab_13, cd_13, 0x20));
+    _mm256_storeu_pd(to + 2 * to_stride, _mm256_permute2f128_pd(ab_02, cd_02, 0x31));
+    _mm256_storeu_pd(to + 3 * to_stride, _mm256_permute2f128_pd(ab_13, cd_13, 0x31));
+  }
 };
 
 }  // namespace

@@ -66,6 +66,13 @@ struct Vec {
   static Reg pow2(Reg n) {
     return each([&](int i) { return static_cast<T>(::exp2(n.lane[i])); });
   }
+  static Reg load_even(const T* p, int n) {
+    return each([&](int i) { return i < n ? p[2 * i] : T(0); });
+  }
+  static void transpose_4x4(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 4; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+  }
 };
 
 }  // namespace
