@@ -60,7 +60,7 @@ FASTSEP_INLINE void channels_last_vector(const ChannelsLastRun<typename V::T>& r
       FASTSEP_UNROLL
       for (int column = 0; column < columns; ++column) {
         if (Border && outside(column)) continue;
-        const Reg x = V::load_n(input_row + column * run.channels, lanes);
+        const Reg x = V::in_register(V::load_n(input_row + column * run.channels, lanes));
         FASTSEP_UNROLL
         for (int s = Taps - 1; s >= 0; --s) {
           const int offset = column - s;
@@ -138,11 +138,12 @@ struct PlanarChannel {
 
 constexpr int planar_block = 4;
 
-// Four output rows at a time, so that a weight (any kernel) or also an input vector (Taps x Taps with vertical stride
-// StrideH and no dilation) is loaded once for several of them. 3 x 3, stride 1: nine weights resident, 6 rows x 3
-// loads for 36 FMAs; 9 weights + 4 sums + 3 inputs are 16 registers. Larger kernels keep their broadcast weights in
-// memory, one aligned load for each FMA beside (Taps + 3) / (4 Taps) unaligned ones. Taps = 0: any kernel.
-template <class V, int Taps, int StrideH>
+// Four output rows of Vectors vectors at a time, so that a weight, and for Taps x Taps with vertical stride StrideH and
+// no dilation also an input vector, is loaded once for several FMAs. 3 x 3, stride 1: nine weights resident, 6 rows x
+// 3 loads for 36 FMAs; 4 sums + 9 weights + 1 input are 14 registers. Larger kernels keep their broadcast weights in
+// memory: with 2 vectors, 7 x 7 has 49 x 4 weight loads and 10 x 7 x 2 unaligned input loads for 392 FMAs.
+// Taps = 0: any kernel.
+template <class V, int Taps, int StrideH, int Vectors>
 FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
   using T = typename V::T;
   using Reg = typename V::Reg;
@@ -152,27 +153,39 @@ FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
   Reg weights[known];
   FASTSEP_UNROLL
   for (int i = 0; i < known; ++i) weights[i] = V::set1(channel.weight[i]);
+  int64_t offsets[Taps > 0 ? Taps : 1];
+  for (int s = 0; s < Taps; ++s) offsets[s] = channel.tap_offset[s];
   for (int64_t y = 0; y < channel.out_rows; y += block) {
     const T* const* rows = channel.rows + y * channel.stride_h;
     const int64_t count = smaller<int64_t>(block, channel.out_rows - y);
-    for (int64_t next = 0; next < channel.columns; next += V::width) {
-      // The last vector of a row moves back to end with it. Where a row is shorter than a vector, what is stored
+    for (int64_t next = 0; next < channel.columns; next += Vectors * V::width) {
+      // The last vectors of a row move back to end with it. Where a row is shorter than a vector, what is stored
       // behind its end is overwritten by the next row.
-      const int64_t x = larger<int64_t>(0, smaller(next, channel.columns - V::width));
-      Reg acc[block];
+      int64_t x[Vectors];
       FASTSEP_UNROLL
-      for (int b = 0; b < block; ++b) acc[b] = V::set1(channel.bias);
+      for (int v = 0; v < Vectors; ++v)
+        x[v] = larger<int64_t>(0, smaller(next + v * V::width, channel.columns - V::width));
+      Reg acc[block][Vectors];
+      FASTSEP_UNROLL
+      for (int b = 0; b < block; ++b) {
+        FASTSEP_UNROLL
+        for (int v = 0; v < Vectors; ++v) acc[b][v] = V::set1(channel.bias);
+      }
       if constexpr (Taps > 0) {
         constexpr int input_rows = (block - 1) * StrideH + Taps;
         FASTSEP_UNROLL
         for (int i = 0; i < input_rows; ++i) {
           FASTSEP_UNROLL
           for (int s = 0; s < Taps; ++s) {
-            const Reg input = V::load(rows[i] + x + channel.tap_offset[s]);
+            Reg input[Vectors];
+            FASTSEP_UNROLL
+            for (int v = 0; v < Vectors; ++v) input[v] = V::in_register(V::load(rows[i] + x[v] + offsets[s]));
             FASTSEP_UNROLL
             for (int b = 0; b < block; ++b) {
               const int r = i - b * StrideH;
-              if (r >= 0 && r < Taps) acc[b] = V::fma(input, weights[r * Taps + s], acc[b]);
+              if (r < 0 || r >= Taps) continue;
+              FASTSEP_UNROLL
+              for (int v = 0; v < Vectors; ++v) acc[b][v] = V::fma(input[v], weights[r * Taps + s], acc[b][v]);
             }
           }
         }
@@ -182,17 +195,23 @@ FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
           const T* const* tap_rows = rows + r * channel.dilation_h;
           for (int64_t s = 0; s < channel.taps_w; ++s, ++weight) {
             const Reg w = V::set1(*weight);
-            const int64_t offset = x + channel.tap_offset[s];
             FASTSEP_UNROLL
-            for (int b = 0; b < block; ++b)
-              acc[b] = V::fma(V::load(tap_rows[b * channel.stride_h] + offset), w, acc[b]);
+            for (int b = 0; b < block; ++b) {
+              const T* row = tap_rows[b * channel.stride_h] + channel.tap_offset[s];
+              FASTSEP_UNROLL
+              for (int v = 0; v < Vectors; ++v) acc[b][v] = V::fma(V::load(row + x[v]), w, acc[b][v]);
+            }
           }
         }
       }
-      T* output = channel.output + y * channel.columns + x;
+      T* output = channel.output + y * channel.columns;
       FASTSEP_UNROLL
-      for (int b = 0; b < block; ++b)
-        if (b < count) V::store(output + b * channel.columns, V::min(high, V::max(low, acc[b])));
+      for (int b = 0; b < block; ++b) {
+        if (b >= count) break;
+        FASTSEP_UNROLL
+        for (int v = 0; v < Vectors; ++v)
+          V::store(output + b * channel.columns + x[v], V::min(high, V::max(low, acc[b][v])));
+      }
     }
   }
 }
@@ -219,17 +238,24 @@ FASTSEP_NOINLINE void planar_depthwise_inside(const PlanarChannel<T>& channel, c
   }
 }
 
+// Two vectors where a row has them, but for 3 x 3, whose resident weights leave no registers for it on AVX2.
+template <class V, int Taps, int StrideH>
+void planar_rows_for(const PlanarChannel<typename V::T>& channel) {
+  if (Taps != 3 && channel.columns > V::width) return planar_rows<V, Taps, StrideH, 2>(channel);
+  planar_rows<V, Taps, StrideH, 1>(channel);
+}
+
 template <class V>
 void planar_depthwise(const PlanarChannel<typename V::T>& channel) {
   if (channel.taps_h == channel.taps_w && channel.dilation_h == 1) {
     if (channel.stride_h == 1) {
-      if (channel.taps_h == 3) return planar_rows<V, 3, 1>(channel);
-      if (channel.taps_h == 5) return planar_rows<V, 5, 1>(channel);
-      if (channel.taps_h == 7) return planar_rows<V, 7, 1>(channel);
+      if (channel.taps_h == 3) return planar_rows_for<V, 3, 1>(channel);
+      if (channel.taps_h == 5) return planar_rows_for<V, 5, 1>(channel);
+      if (channel.taps_h == 7) return planar_rows_for<V, 7, 1>(channel);
     }
-    if (channel.stride_h == 2 && channel.taps_h == 3) return planar_rows<V, 3, 2>(channel);
+    if (channel.stride_h == 2 && channel.taps_h == 3) return planar_rows_for<V, 3, 2>(channel);
   }
-  planar_rows<V, 0, 0>(channel);
+  planar_rows_for<V, 0, 0>(channel);
 }
 
 }  // namespace

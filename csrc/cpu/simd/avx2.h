@@ -26,6 +26,10 @@ struct Vec<float> {
   static Reg load(const T* p) { return _mm256_loadu_ps(p); }
   static Reg load_n(const T* p, int n) { return _mm256_maskload_ps(p, head(n)); }
   static Reg load_n(const T* p, Constant<width>) { return load(p); }
+  static Reg in_register(Reg a) {
+    asm("" : "+x"(a));
+    return a;
+  }
   static void store(T* p, Reg a) { _mm256_storeu_ps(p, a); }
   static void store_n(T* p, Reg a, int n) { _mm256_maskstore_ps(p, head(n), a); }
   static Reg set1(T a) { return _mm256_set1_ps(a); }
@@ -69,6 +73,10 @@ struct Vec<double> {
   static Reg load(const T* p) { return _mm256_loadu_pd(p); }
   static Reg load_n(const T* p, int n) { return _mm256_maskload_pd(p, head(n)); }
   static Reg load_n(const T* p, Constant<width>) { return load(p); }
+  static Reg in_register(Reg a) {
+    asm("" : "+x"(a));
+    return a;
+  }
   static void store(T* p, Reg a) { _mm256_storeu_pd(p, a); }
   static void store_n(T* p, Reg a, int n) { _mm256_maskstore_pd(p, head(n), a); }
   static Reg set1(T a) { return _mm256_set1_pd(a); }

@@ -5,6 +5,8 @@
 //   n may be Constant<width>, which makes it the plain load or store.
 // * load_even(p, n) gives p[0], p[2], ..., p[2n - 2], n <= width, and touches nothing behind the last.
 // * transpose_4x4 writes to[j][i] = from[i][j] for 4 x 4 elements of rows `from_stride` and `to_stride` apart.
+// * in_register(a) is a, which the compiler may not turn back into a memory operand: GCC would load a value again for
+//   each of its uses.
 // * max(a, b) and min(a, b) give b where either is NaN, so the value that may be NaN goes second.
 #pragma once
 
@@ -35,6 +37,10 @@ struct Vec<float> {
   static Reg load(const T* p) { return _mm512_loadu_ps(p); }
   static Reg load_n(const T* p, int n) { return _mm512_maskz_loadu_ps(head(n), p); }
   static Reg load_n(const T* p, Constant<width>) { return load(p); }
+  static Reg in_register(Reg a) {
+    asm("" : "+v"(a));
+    return a;
+  }
   static void store(T* p, Reg a) { _mm512_storeu_ps(p, a); }
   static void store_n(T* p, Reg a, int n) { _mm512_mask_storeu_ps(p, head(n), a); }
   static Reg set1(T a) { return _mm512_set1_ps(a); }
@@ -75,6 +81,10 @@ struct Vec<double> {
   static Reg load(const T* p) { return _mm512_loadu_pd(p); }
   static Reg load_n(const T* p, int n) { return _mm512_maskz_loadu_pd(head(n), p); }
   static Reg load_n(const T* p, Constant<width>) { return load(p); }
+  static Reg in_register(Reg a) {
+    asm("" : "+v"(a));
+    return a;
+  }
   static void store(T* p, Reg a) { _mm512_storeu_pd(p, a); }
   static void store_n(T* p, Reg a, int n) { _mm512_mask_storeu_pd(p, head(n), a); }
   static Reg set1(T a) { return _mm512_set1_pd(a); }

@@ -32,6 +32,7 @@ struct Vec {
   static Reg load_n(const T* p, int n) {
     return each([&](int i) { return i < n ? p[i] : T(0); });
   }
+  static Reg in_register(Reg a) { return a; }
   static void store(T* p, Reg a) { store_n(p, a, width); }
   static void store_n(T* p, Reg a, int n) {
     for (int i = 0; i < n; ++i) p[i] = a.lane[i];
