@@ -1,6 +1,8 @@
 // No instruction set at all: vectors of four elements that the compiler may put into whatever the processor has
 // (one SSE2 register on x86-64, where 4 x 2 sums + 2 + 1 = 11 of 16).
 #define FASTSEP_ISA scalar
+// What is gained by unrolling is not worth the minutes that the compiler takes over arrays of four.
+#define FASTSEP_UNROLL
 #include "simd/scalar.h"
 
 #include "forward.h"

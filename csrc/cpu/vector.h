@@ -9,8 +9,11 @@
 #define FASTSEP_INLINE_LAMBDA __attribute__((always_inline))
 #define FASTSEP_NOINLINE __attribute__((noinline))
 
-// Loops over registers must be unrolled whole, or the compiler keeps the registers in memory.
+// Loops over registers must be unrolled whole, or the compiler keeps the registers in memory. An instruction set
+// without registers to keep may define it as nothing.
+#ifndef FASTSEP_UNROLL
 #define FASTSEP_UNROLL _Pragma("GCC unroll 64")
+#endif
 
 namespace fastsep {
 namespace {
