@@ -63,11 +63,17 @@ Exponential<V> exponential(typename V::Reg x) {
   return {V::pow2(n), V::mul(series, r)};
 }
 
+// The two parts as one. Not scale * tail + scale: where scale is infinite that is infinity minus infinity.
+template <class V>
+typename V::Reg together(const Exponential<V>& e) {
+  return V::mul(e.scale, V::add(e.tail, V::set1(1)));
+}
+
 template <class V>
 typename V::Reg sigmoid(typename V::Reg x) {
   const auto one = V::set1(1);
   const Exponential<V> e = exponential<V>(V::sub(V::set1(0), x));
-  return V::div(one, V::add(one, V::fma(e.scale, e.tail, e.scale)));
+  return V::div(one, V::add(one, together<V>(e)));
 }
 
 // tanh x = (e^2x - 1) / (e^2x + 1); beyond |x| = 20 it is 1 to the last bit in double.
@@ -90,7 +96,7 @@ typename V::Reg complementary_error_f32(typename V::Reg z) {
   auto sum = V::set1(0);
   for (float coefficient : coefficients) sum = V::fma(sum, t, V::set1(coefficient));
   const Exponential<V> e = exponential<V>(V::sub(V::set1(0), V::mul(z, z)));
-  return V::mul(V::mul(sum, t), V::fma(e.scale, e.tail, e.scale));
+  return V::mul(V::mul(sum, t), together<V>(e));
 }
 
 struct LeakyRelu {

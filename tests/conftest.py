@@ -1,0 +1,26 @@
+"""Fixtures, and what a failing case prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from fastsep import _native
+
+ISAS = _native.core.isas() if _native.core is not None else []
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> str:
+    """Every instruction set that runs here."""
+    return str(request.param)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Gives torch its number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

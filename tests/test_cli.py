@@ -1,0 +1,183 @@
+"""python -m fastsep: what its commands print, and their exit status."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from commands import run
+
+import fastsep
+from fastsep import _check, _native
+from fastsep.__main__ import main
+from fastsep._case import parse_case
+from fastsep.bench import compare
+from fastsep.bench.report import Report
+
+needs_native = pytest.mark.skipif(_native.core is None, reason="the native module is missing")
+SMALL = "name=small c=8 h=14 w=15 k=16 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1 b=1 mid=relu act=silu"
+
+
+@needs_native
+def test_info_as_text(tmp_path):
+    result = run("python -m fastsep info", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert f"torch             {torch.__version__}\n" in result.stdout
+    passed = [line.split() for line in result.stdout.splitlines() if line.endswith("passed")]
+    assert [words[0] for words in passed] == [isa for isa in _native.core.isas() for _ in range(4)]
+
+
+@needs_native
+def test_info_as_json(capsys):
+    assert main(["info", "--json"]) == 0
+    information = json.loads(capsys.readouterr().out)
+    assert information["fastsep"] == fastsep.__version__
+    assert information["isa"] == _native.core.best_isa()
+    assert information["kernels"] == _native.core.kernels()
+    tested = {(r["isa"], r["dtype"], r["layout"]) for r in information["self_test"]}
+    assert len(tested) == 4 * len(_native.core.isas())
+    assert all(r["passed"] and 0 <= r["error"] <= 1 for r in information["self_test"])
+    assert any(r["error"] > 0 for r in information["self_test"])
+
+
+@needs_native
+@pytest.mark.parametrize("isa", _native.core.isas() if _native.core else [])
+def test_info_names_the_forced_instruction_set(isa, tmp_path):
+    result = run("python -m fastsep info --json", cwd=tmp_path, FASTSEP_ISA=isa)
+    assert json.loads(result.stdout)["isa"] == isa
+
+
+@needs_native
+@pytest.mark.parametrize("command", ["info", "bench", f"replay '{SMALL}'"])
+def test_unknown_instruction_set_is_one_sentence(command, tmp_path):
+    result = run(f"python -m fastsep {command}", cwd=tmp_path, FASTSEP_ISA="sse9")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "FASTSEP_ISA" in result.stderr
+    assert "sse9" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@needs_native
+def test_a_kernel_that_computes_wrong_fails_the_self_test(monkeypatch, capsys):
+    run_native = _check.run_native
+
+    def slightly_off(case, tensors, isa):
+        output = run_native(case, tensors, isa)
+        if isa == "scalar":
+            output[0, 0, 0, 0] += 1e-2
+        return output
+
+    monkeypatch.setattr(_check, "run_native", slightly_off)
+    assert main(["info"]) == 1
+    failed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("FAILED")]
+    assert set(failed) == {"scalar"}
+
+
+def test_without_the_native_module(monkeypatch, capsys):
+    monkeypatch.setattr(_native, "core", None)
+    monkeypatch.setattr(_native, "missing", "No module named '_core'")
+    assert main(["info"]) == 1
+    assert "No module named '_core'" in capsys.readouterr().out
+    assert main(["bench"]) == 1
+    assert "No module named '_core'" in capsys.readouterr().err
+    assert main(["replay", SMALL, "--seconds", "0"]) == 0
+    assert "path   composition" in capsys.readouterr().out
+
+
+@needs_native
+def test_bench_prints_a_table(tmp_path):
+    result = run("python -m fastsep bench --seconds 1", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines() if line.lstrip().startswith("block")]
+    assert [row[0] for row in rows] == [f"block{i}" for i in range(1, 14)]
+    assert all(row[4] in ("nchw", "nhwc") and row[-1].endswith("%") for row in rows)
+    assert "Geometric mean of the speedups" in result.stdout
+
+
+@needs_native
+def test_bench_as_json(tmp_path, capsys):
+    (tmp_path / "network.txt").write_text(f"# one layer\n{SMALL}\n")
+    arguments = [
+        "--network",
+        str(tmp_path / "network.txt"),
+        "--batch",
+        "2",
+        "--layout",
+        "nchw",
+        "--seconds",
+        "0",
+    ]
+    assert main(["bench", "--json", *arguments]) == 0
+    report = Report.from_json(json.loads(capsys.readouterr().out))
+    assert (report.network, report.batch, report.layout) == ("network", 2, "nchw")
+    (row,) = report.rows
+    assert row.case == replace(parse_case(SMALL), n=2)
+    assert set(row.times) == {"fastsep", "unfrozen", "torch nchw", "torch nhwc"}
+    assert all(0 < t.low <= t.median <= t.high for t in row.times.values())
+    assert 0 < row.share_of_peak < 1
+
+
+@needs_native
+def test_bench_refuses_to_time_wrong_results(monkeypatch, capsys):
+    wrong = {
+        "conv2d": lambda *args: torch.nn.functional.conv2d(*args) * 1.001,
+        "pad": torch.nn.functional.pad,
+    }
+    monkeypatch.setattr(compare, "F", SimpleNamespace(**wrong))
+    assert main(["bench", "--seconds", "0"]) == 1
+    assert "differs from torch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["bench", "--network", "alexnet"],
+            "must be one of mobilenet_v1, other or a file of layers, got 'alexnet'",
+        ),
+        (["bench", "--batch", "0"], "must be a whole number from 1, got '0'"),
+        (["bench", "--layout", "chwn"], "invalid choice: 'chwn'"),
+        (["replay", "c=3"], "missing in 'c=3'"),
+        (["replay", "c=3 h=2 w=2 k=1 kh=3 kw=3"], "the case has no output"),
+        (["replay", "c=3 h=2 w=2 k=1 kh=3 kw=3 q=1"], "got 'q=1'"),
+    ],
+)
+def test_wrong_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@needs_native
+def test_replay_of_a_verbose_line(tmp_path):
+    layer = "fastsep.SeparableConv2d(3, 5, (3, 2), 2, depth_multiplier=2)"
+    result = run(
+        f"python -c 'import torch, fastsep; {layer}(torch.ones(2, 3, 9, 8))'",
+        cwd=tmp_path,
+        FASTSEP_VERBOSE="1",
+    )
+    (line,) = result.stderr.splitlines()
+    replayed = subprocess.run(
+        [sys.executable, "-m", "fastsep", "replay", line, "--seconds", "0"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert replayed.returncode == 0, replayed.stderr
+    printed = dict(text.split(maxsplit=1) for text in replayed.stdout.splitlines())
+    assert printed["case"] == line.rpartition("| ")[2]
+    assert printed["path"].startswith("native")
+    assert 0 < float(printed["error"].split()[0]) <= 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "complex64"])
+def test_replay_of_a_dtype_without_kernels(dtype, capsys):
+    line = SMALL.replace("mid=relu act=silu", f"dtype={dtype}")
+    assert main(["replay", line, "--seconds", "0"]) == 0
+    assert f"path   composition | no native kernel for torch.{dtype}" in capsys.readouterr().out

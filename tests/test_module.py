@@ -1,0 +1,1 @@
+"""The layer: what nn.Module and two nn.Conv2d promise."""

@@ -1,0 +1,1 @@
+"""torch.compile, torch.export, torch.func and the operator's registration."""
