@@ -1,0 +1,13 @@
+"""Depthwise-separable convolution in one pass.
+
+>>> layer = SeparableConv2d(32, 64, 3, padding=1, mid_activation="relu6")
+>>> layer(torch.randn(1, 32, 112, 112)).shape
+torch.Size([1, 64, 112, 112])
+"""
+
+from . import reference
+from .functional import separable_conv2d
+from .modules import SeparableConv2d
+
+__version__ = "0.1.0"
+__all__ = ["SeparableConv2d", "__version__", "reference", "separable_conv2d"]

@@ -1,0 +1,38 @@
+"""python -m fastsep info | bench | replay"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import _info, _native
+from .bench import command, replay
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status: 0, 1 where something computed wrong, 2 where something was asked that cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastsep", description="Fused depthwise-separable convolution."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    for name, module, text in (
+        ("info", _info, "what is installed, what of it runs here, and a self-test"),
+        ("bench", command, "the layers of a network, against torch's own convolutions"),
+        ("replay", replay, "run a call again that FASTSEP_VERBOSE=1 printed, and check it"),
+    ):
+        subparser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    parsed = parser.parse_args(arguments)
+    if _native.core is not None:
+        try:
+            _native.core.best_isa()
+        except ValueError as error:
+            print(f"fastsep: {error}", file=sys.stderr)
+            return 2
+    status: int = parsed.run(parsed)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""Loads the native module and lends it torch's thread pool. Nothing is built, downloaded or searched for."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _core
+
+    core = _core
+    missing = ""
+except ImportError as error:  # no compiler, or another platform: torch's operators do the work
+    core = None  # type: ignore[assignment]
+    missing = str(error)
+
+# True where the native module runs threads of its own, which have to be told of torch.set_num_threads.
+own_pool = True
+
+
+def lend_pool() -> bool:
+    """Has the native code run on torch's threads; False where torch hides its pool (before 2.10)."""
+    global own_pool
+    if core is None:
+        return False
+    suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+    library = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu" + suffix)
+    for name in (library, None):  # None: all that the process has loaded, for a torch laid out otherwise
+        try:
+            handle = ctypes.CDLL(name)
+            symbols = handle.torch_parallel_for, handle.torch_get_num_threads
+        except (AttributeError, OSError, TypeError):
+            continue
+        run, count = (ctypes.cast(symbol, ctypes.c_void_p).value or 0 for symbol in symbols)
+        core.set_thread_pool(run, count)
+        own_pool = False
+        return True
+    return False
+
+
+def take_pool_back() -> None:
+    """Has the native code run on threads of its own."""
+    global own_pool
+    if core is not None:
+        core.set_thread_pool(0, 0)
+    own_pool = True
+
+
+lend_pool()
+
+# GNU OpenMP, and torch's pool with it, hangs in a forked child once the parent has used it. Own threads
+# do not.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=take_pool_back)
+
+
+# The native number of each dtype that has native kernels.
+DTYPES = {torch.float32: 0, torch.float64: 1}
+
+
+def pack(
+    channels: int,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    bias: Tensor | None,
+) -> Tensor | None:
+    """The weights as the native kernels want them, or None where no native kernel would use them.
+
+    A uint8 tensor at a multiple of 64 bytes. It serves every input of that many channels, every layout,
+    stride and activation.
+    """
+    code = DTYPES.get(depthwise_weight.dtype)
+    weights = (depthwise_weight, depthwise_bias, pointwise_weight, bias)
+    if core is None or code is None or any(w is not None and w.device.type != "cpu" for w in weights):
+        return None
+    inner, _, kh, kw = depthwise_weight.shape
+    # What is packed does not depend on the input's size, so the smallest will do.
+    sizes = 1, channels, kh, kw, pointwise_weight.shape[0], inner // channels, kh, kw
+    problem = (*sizes, 1, 1, 1, 1, 0, 0, 0, 0, code, 0, 0, 0)
+    size = core.packed_bytes(problem, "")
+    room = torch.empty(size + 63, dtype=torch.uint8)
+    packed = room[-room.data_ptr() % 64 :][:size]
+    dense = [None if w is None else w.detach().contiguous() for w in weights]
+    dw, db, pw, b = (0 if w is None else w.data_ptr() for w in dense)
+    core.pack(problem, "", dw, db, pw, b, packed.data_ptr(), size)
+    return packed

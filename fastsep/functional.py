@@ -1,0 +1,228 @@
+"""separable_conv2d: what the arguments mean, and which path computes them."""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
+
+from . import _native, _ops
+from ._activations import activation_name
+from ._autograd import apply, below_autograd
+
+Pair = tuple[int, int]
+Pads = tuple[int, int, int, int]  # top, bottom, left, right
+Size = int | Sequence[int]
+Padding = str | int | Sequence[int] | Sequence[Sequence[int]]
+
+
+def separable_conv2d(
+    input: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    *,
+    depthwise_bias: Tensor | None = None,
+    mid_activation: str | None = None,
+    activation: str | None = None,
+) -> Tensor:
+    """A depthwise k x k convolution and the pointwise 1 x 1 convolution behind it, in one pass.
+
+    y = activation(pointwise(mid_activation(depthwise(input) + depthwise_bias)) + bias)
+
+    >>> x = torch.randn(8, 32, 112, 112)
+    >>> y = separable_conv2d(x, torch.randn(32, 1, 3, 3), torch.randn(64, 32, 1, 1), stride=2, padding="same")
+    >>> y.shape
+    torch.Size([8, 64, 56, 56])
+
+    input: [N, C, H, W] or [C, H, W]. The result, [N, K, OH, OW] or [K, OH, OW], has the input's format.
+    depthwise_weight: [C*m, 1, kernel_h, kernel_w], m filters for each channel, channel c's from c*m on.
+    pointwise_weight: [K, C*m, 1, 1].
+    bias, depthwise_bias: [K], [C*m].
+    stride, dilation: of the depthwise convolution; an int or (height, width).
+    padding: zeros around the input; an int, (height, width), ((top, bottom), (left, right)), "valid" for
+        none, or "same" for an output of ceil(size / stride), the larger half of an odd number at the end.
+    mid_activation, activation: None, "relu", "relu6", "leaky_relu" (slope 0.01), "silu", "hardswish",
+        "hardsigmoid", "sigmoid", "tanh", "gelu" (by erf) or "gelu_tanh".
+
+    RuntimeError for tensors that do not fit together, sizes out of range and an unknown padding word,
+    ValueError for an unknown activation, TypeError for an argument of the wrong type.
+
+    L. Sifre, "Rigid-motion scattering for image classification" (2014); F. Chollet, "Xception"
+    (arXiv:1610.02357); A. Howard et al., "MobileNets" (arXiv:1704.04861).
+    """
+    tensors = (input, depthwise_weight, pointwise_weight, depthwise_bias, bias)
+    if has_torch_function(tensors):
+        return handle_torch_function(
+            separable_conv2d,
+            tensors,
+            *(input, depthwise_weight, pointwise_weight, bias, stride, padding, dilation),
+            depthwise_bias=depthwise_bias,
+            mid_activation=mid_activation,
+            activation=activation,
+        )
+    pads = parse_padding(padding)
+    steps, dilations = parse_pair(stride, "stride"), parse_pair(dilation, "dilation")
+    if isinstance(pads, str):
+        pads = same_padding(input, depthwise_weight, steps, dilations)
+    return dispatch(
+        *(input, depthwise_weight, pointwise_weight, depthwise_bias, bias, None, steps, pads, dilations),
+        activation_name(mid_activation, "mid_activation"),
+        activation_name(activation, "activation"),
+    )
+
+
+def dispatch(*args: Any) -> Tensor:
+    """The operator, its arguments and [C, H, W] inputs too, by the path that serves them."""
+    input, depthwise_weight, pointwise_weight, depthwise_bias, bias = args[:5]
+    reason = why_composed(input, depthwise_weight, pointwise_weight, depthwise_bias, bias)
+    if input.dim() == 3:
+        return dispatch(input.unsqueeze(0), *args[1:]).squeeze(0)
+    if reason:
+        return composition(reason, args[:5], args[6:])
+    if torch.compiler.is_compiling():
+        return _ops.op(*args)
+    # What the operator's autograd kernel would do, without the way through the dispatcher.
+    if torch._C._are_functorch_transforms_active() or (
+        torch.is_grad_enabled()
+        and (
+            input.requires_grad
+            or depthwise_weight.requires_grad
+            or pointwise_weight.requires_grad
+            or (depthwise_bias is not None and depthwise_bias.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        )
+    ):
+        return apply(*args)
+    # The dispatcher costs 7 us. It is needed where something watches what runs, and for views that negate.
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._autograd._profiler_enabled()
+        or input.is_neg()
+        or depthwise_weight.is_neg()
+        or pointwise_weight.is_neg()
+        or (depthwise_bias is not None and depthwise_bias.is_neg())
+        or (bias is not None and bias.is_neg())
+    ):
+        with below_autograd():
+            return _ops.op(*args)
+    return _ops.cpu_kernel(*args)
+
+
+# Parameters are tensors like others here; any further subclass may have a mind of its own.
+PLAIN = frozenset({Tensor, nn.Parameter})
+
+
+def why_composed(input: Tensor, *weights: Tensor | None) -> str:
+    """Why torch's operators have to do the work; empty where the native kernels can."""
+    plain = type(input) in PLAIN and weights[0] is not None and weights[1] is not None
+    dense = True
+    for weight in weights:
+        if weight is not None:
+            if type(weight) not in PLAIN:
+                plain = False
+            elif not weight.is_cpu or weight.layout is not torch.strided:
+                dense = False
+    if not plain and (reason := _subclass(input, *weights)):
+        return reason
+    if _native.core is None:
+        return f"native module missing: {_native.missing}"
+    if not input.is_cpu:
+        return f"no native kernel for {input.device.type}"
+    dtype = input.dtype
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        return f"no native kernel for {dtype}"
+    if input.layout is not torch.strided or not dense:
+        return "no native kernel for tensors that are not dense in memory"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast"
+    if forward_ad._current_level >= 0:
+        return "forward-mode derivative"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace"
+    return ""
+
+
+def _subclass(*tensors: Tensor | None) -> str:
+    names = ("input", "depthwise_weight", "pointwise_weight", "depthwise_bias", "bias")
+    for name, tensor in zip(names, tensors, strict=True):
+        if type(tensor) in PLAIN or (tensor is None and name.endswith("bias")):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        # The stand-ins that torch.export traces with do want to see the operator.
+        if type(tensor).__name__ not in ("FakeTensor", "FunctionalTensor"):
+            return f"tensor subclass {type(tensor).__name__}"
+    return ""
+
+
+def composition(reason: str, tensors: tuple[Any, ...], geometry: tuple[Any, ...]) -> Tensor:
+    """The operator by torch's convolutions and activations."""
+    begin = time.perf_counter() if _ops.VERBOSE else 0.0
+    _ops.output_shape(*tensors, *geometry[:3])
+    input, device = tensors[0], tensors[0].device.type
+    # Autocast unites the dtypes itself.
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        _ops.check_types(*tensors)
+    y = _ops.compose(*tensors, *geometry)
+    # torch also heeds the weights' format. (Inside torch.func.vmap formats cannot be asked for.)
+    if type(y) is Tensor and y.layout is torch.strided and not torch._C._are_functorch_transforms_active():
+        y = y.contiguous(memory_format=_ops.memory_format(input))
+        if _ops.VERBOSE and not torch.compiler.is_compiling():
+            _ops.report(f"composition | {reason}", begin, tensors, geometry)
+    return y
+
+
+def parse_pair(value: Size, name: str) -> Pair:
+    """(height, width) of an int or a pair of ints."""
+    try:
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            first, second = value
+            return operator.index(first), operator.index(second)
+        both = operator.index(value)
+        return both, both
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}") from None
+
+
+def parse_padding(value: Padding, error: type[Exception] = RuntimeError) -> Pads | str:
+    """(top, bottom, left, right), or "same", which depends on the input; `error` for another word."""
+    if isinstance(value, str):
+        if value == "valid":
+            return 0, 0, 0, 0
+        if value == "same":
+            return value
+        raise error(f'padding must be "valid" or "same" where it is a word, got {value!r}')
+    try:
+        rows, columns = cast("tuple[Size, Size]", value if isinstance(value, Sequence) else (value, value))
+        (top, bottom), (left, right) = parse_pair(rows, "padding"), parse_pair(columns, "padding")
+        return top, bottom, left, right
+    except (TypeError, ValueError):
+        raise TypeError(
+            'padding must be an int, a pair of ints, ((top, bottom), (left, right)), "valid" or "same", '
+            f"got {value!r}"
+        ) from None
+
+
+def same_padding(input: Tensor, depthwise_weight: Tensor, stride: Pair, dilation: Pair) -> Pads:
+    """The padding for an output of ceil(size / stride), the odd pixel at the end, as TensorFlow has it."""
+    sizes, kernel = input.shape[-2:], depthwise_weight.shape[2:]
+    if len(sizes) < 2 or len(kernel) < 2 or min(stride) < 1:
+        return 0, 0, 0, 0  # the checks of the shapes will say what is wrong
+    pads = []
+    for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True):
+        reach = d * (k - 1)
+        # (ceil(size / s) - 1) * s + reach + 1 - size, which for a stride of 1 is the same for every size
+        total = reach if s == 1 else max(0, (size - 1) // s * s + reach + 1 - size)
+        pads += [total // 2, total - total // 2]
+    return pads[0], pads[1], pads[2], pads[3]

@@ -1,0 +1,290 @@
+"""SeparableConv2d, the layer."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from . import _native
+from ._activations import ACTIVATIONS, activation_name
+from .functional import PLAIN, Padding, Pads, Size, dispatch, parse_padding, parse_pair, same_padding
+
+_ACTIVATIONS = "mid_activation", "activation"
+
+# Hooks on every module of the process. torch fills these dictionaries and never replaces them.
+_global_backward_hooks = torch_module._global_backward_hooks
+_global_backward_pre_hooks = torch_module._global_backward_pre_hooks
+_global_forward_hooks = torch_module._global_forward_hooks
+_global_forward_pre_hooks = torch_module._global_forward_pre_hooks
+
+
+class SeparableConv2d(nn.Module):
+    """A depthwise convolution and the pointwise convolution behind it, computed in one pass.
+
+    >>> layer = SeparableConv2d(32, 64, 3, stride=2, padding="same", mid_activation="relu6")
+    >>> layer(torch.randn(8, 32, 112, 112)).shape
+    torch.Size([8, 64, 56, 56])
+
+    input: [N, C, H, W] or [C, H, W]. The result, [N, K, OH, OW] or [K, OH, OW], has the input's format.
+    in_channels, out_channels: C and K.
+    kernel_size, stride, dilation: of the depthwise convolution; an int or (height, width).
+    padding: an int, (height, width), ((top, bottom), (left, right)), "valid" or "same"; see separable_conv2d.
+    depth_multiplier: depthwise filters for each channel.
+    bias, depthwise_bias: whether the pointwise and the depthwise convolution add one.
+    padding_mode: "zeros", "reflect", "replicate" or "circular", as in nn.Conv2d.
+    mid_activation, activation: behind the depthwise and the pointwise convolution; see separable_conv2d.
+
+    ValueError for a size or a word out of range, TypeError for an argument of the wrong type; a call raises
+    what separable_conv2d does, and has the same source.
+
+    The children `depthwise` and `pointwise` are nn.Conv2d with their defaults and initialisation, so what is
+    known of two such layers holds here: the keys of the state dict, hooks, parametrizations, pruning. A child
+    that was replaced or hooked is called, like the child of any module.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Size,
+        stride: Size = 1,
+        padding: Padding = 0,
+        dilation: Size = 1,
+        depth_multiplier: int = 1,
+        bias: bool = True,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        *,
+        depthwise_bias: bool = False,
+        mid_activation: str | None = None,
+        activation: str | None = None,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        module: Any = super()  # Any, for some of its methods have no types
+        module.__init__()
+        counts = [in_channels, out_channels, depth_multiplier]
+        for name, count in zip(("in_channels", "out_channels", "depth_multiplier"), counts, strict=True):
+            if not isinstance(count, int):
+                raise TypeError(f"{name} must be an int, got {count!r}")
+            if count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}")
+        kernel, stride, dilation = (
+            parse_pair(kernel_size, "kernel_size"),
+            parse_pair(stride, "stride"),
+            parse_pair(dilation, "dilation"),
+        )
+        for name, pair in {"kernel_size": kernel, "stride": stride, "dilation": dilation}.items():
+            if min(pair) < 1:
+                raise ValueError(f"{name} must be at least 1, got {pair}")
+        pads = parse_padding(padding, ValueError)
+        if not isinstance(pads, str) and min(pads) < 0:
+            raise ValueError(f"padding must be at least 0, got {padding!r}")
+        self.mid_activation, self.activation = mid_activation, activation
+        activation_name(mid_activation, "mid_activation")
+        activation_name(activation, "activation")
+
+        # What nn.Conv2d cannot hold the layer keeps: "same" with a stride, and sides that differ.
+        self._padding: Pads | str | None = pads
+        child_padding: Any = 0
+        if isinstance(pads, str):
+            if stride == (1, 1):
+                self._padding, child_padding = None, pads
+        elif pads[0] == pads[1] and pads[2] == pads[3]:
+            self._padding, child_padding = None, (pads[0], pads[2])
+
+        inner = in_channels * depth_multiplier
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.depthwise = nn.Conv2d(
+            *(in_channels, inner, kernel, stride, child_padding, dilation),
+            groups=in_channels,
+            bias=depthwise_bias,
+            padding_mode=padding_mode,
+            **factory,
+        )
+        self.pointwise = nn.Conv2d(inner, out_channels, 1, bias=bias, **factory)
+
+        self._thawed: dict[str, bool] | None = None  # of a frozen layer: requires_grad as it was before
+        self._packed: Tensor | None = None
+        self._packed_weights: tuple[Tensor | None, ...] = ()
+        module.register_load_state_dict_post_hook(_pack_again)
+
+    @property
+    def in_channels(self) -> int:
+        return self.depthwise.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        return self.pointwise.out_channels
+
+    def reset_parameters(self) -> None:
+        self.depthwise.reset_parameters()
+        self.pointwise.reset_parameters()
+
+    def extra_repr(self) -> str:
+        """What the children do not say of themselves."""
+        words = [("padding", self._padding), *((name, getattr(self, name)) for name in _ACTIVATIONS)]
+        parts = [f"{name}={word!r}" for name, word in words if word is not None]
+        return ", ".join(parts + ["frozen"] * self.frozen)
+
+    def forward(self, input: Tensor) -> Tensor:
+        depthwise: Any = self._modules["depthwise"]
+        pointwise: Any = self._modules["pointwise"]
+        if (
+            _global_forward_hooks
+            or _global_forward_pre_hooks
+            or _global_backward_hooks
+            or _global_backward_pre_hooks
+            or (type(input) is not Tensor and _overrides_torch(input))
+            or not self._is_fusable(depthwise, pointwise)
+        ):
+            return self._call_children(input)
+        dw, db = _weights(depthwise)
+        pw, b = _weights(pointwise)
+        if isinstance(input, Tensor) and input.dim() > 2 and input.shape[-3] != depthwise.groups:
+            raise RuntimeError(f"input must have {depthwise.groups} channels, got {list(input.shape)}")
+        pads = self._pads(input, depthwise)
+        if depthwise.padding_mode != "zeros":
+            input, pads = _pad(input, pads, depthwise.padding_mode), (0, 0, 0, 0)
+        packed = self._packed
+        if packed is not None:
+            made_of = self._packed_weights
+            if dw is not made_of[0] or pw is not made_of[1] or db is not made_of[2] or b is not made_of[3]:
+                packed = None
+        mid = activation_name(self.mid_activation, "mid_activation")
+        last = activation_name(self.activation, "activation")
+        return dispatch(input, dw, pw, db, b, packed, depthwise.stride, pads, depthwise.dilation, mid, last)
+
+    def _is_fusable(self, depthwise: Any, pointwise: Any) -> bool:
+        """Whether calling the children is the same as separable_conv2d on their weights."""
+        return (
+            _is_plain(depthwise)
+            and _is_plain(pointwise)
+            and depthwise.groups == depthwise.in_channels
+            and pointwise.groups == 1
+            and pointwise.kernel_size == (1, 1)
+            and pointwise.stride == (1, 1)
+            and pointwise.padding == (0, 0)
+            and (self._padding is None or depthwise.padding == (0, 0))
+            # nn.Conv2d makes tuples of them; who assigns something else gets what F.conv2d makes of it.
+            and type(depthwise.stride) is type(depthwise.dilation) is tuple
+            and type(depthwise.padding) in (tuple, str)
+        )
+
+    def _pads(self, input: Tensor, depthwise: Any) -> Pads:
+        """(top, bottom, left, right)"""
+        padding: Any = depthwise.padding if self._padding is None else self._padding
+        if isinstance(padding, str):
+            if padding == "valid":
+                return 0, 0, 0, 0
+            return same_padding(input, depthwise.weight, depthwise.stride, depthwise.dilation)
+        top, bottom, left, right = padding if len(padding) == 4 else (*padding[:1] * 2, *padding[1:] * 2)
+        return top, bottom, left, right
+
+    def _call_children(self, input: Tensor) -> Tensor:
+        if self._padding is not None:
+            mode = getattr(self.depthwise, "padding_mode", "zeros")
+            input = _pad(input, self._pads(input, self.depthwise), mode)
+        mid, last = (ACTIVATIONS[activation_name(getattr(self, name), name)] for name in _ACTIVATIONS)
+        return last.forward(self.pointwise(mid.forward(self.depthwise(input))))
+
+    @property
+    def frozen(self) -> bool:
+        return self._thawed is not None
+
+    def freeze(self) -> SeparableConv2d:
+        """Packs the weights for inference once, instead of in every call, and has them require no gradient.
+
+        >>> layer = SeparableConv2d(32, 64, 3).freeze()
+
+        What is written to the weights of a frozen layer afterwards has no effect until freeze() is called
+        again. load_state_dict(), to() and their like do that themselves.
+        """
+        if self._thawed is None:
+            self._thawed = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
+        self.requires_grad_(False)
+        self._pack()
+        return self
+
+    def unfreeze(self) -> SeparableConv2d:
+        """Undoes freeze()."""
+        if self._thawed is not None:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(self._thawed.get(name, True))
+        self._thawed = None
+        self._pack()
+        return self
+
+    def _pack(self) -> None:
+        self._packed, self._packed_weights = None, ()
+        depthwise, pointwise = self.depthwise, self.pointwise
+        if self._thawed is None or not self._is_fusable(depthwise, pointwise):
+            return
+        (dw, db), (pw, b) = _weights(depthwise), _weights(pointwise)
+        weights = dw, pw, db, b
+        # A parametrized weight is another tensor in every call.
+        plain = all(w is None or type(w) in PLAIN for w in weights)
+        if plain and dw is depthwise.weight and pw is pointwise.weight:
+            self._packed, self._packed_weights = _native.pack(depthwise.in_channels, *weights), weights
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SeparableConv2d:
+        module: Any = super()
+        module._apply(fn, recurse)
+        self._pack()
+        return self
+
+    # Packed weights belong to this process and processor; copies and pickles make their own.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None, "_packed_weights": ()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        module: Any = super()
+        module.__setstate__(state)
+        self._pack()
+
+
+def _overrides_torch(input: Any) -> bool:
+    """For subclasses of Tensor, and for the proxies of torch.fx."""
+    return getattr(type(input), "__torch_function__", None) not in (
+        None,
+        torch._C._disabled_torch_function_impl,
+    )
+
+
+def _pack_again(layer: SeparableConv2d, _incompatible_keys: Any) -> None:
+    layer._pack()
+
+
+def _is_plain(conv: Any) -> bool:
+    """Whether calling the module is F.conv2d on its weights and nothing else."""
+    return (
+        (type(conv) is nn.Conv2d or _forwards_as_conv2d(type(conv)))
+        and not conv._forward_hooks
+        and not conv._forward_pre_hooks
+        and not conv._backward_hooks
+        and not conv._backward_pre_hooks
+        and "forward" not in conv.__dict__
+    )
+
+
+def _forwards_as_conv2d(kind: type) -> bool:
+    """For subclasses such as those that torch.nn.utils.parametrize makes."""
+    methods = ("forward", "_conv_forward", "__call__", "_call_impl")
+    return issubclass(kind, nn.Conv2d) and all(getattr(kind, m) is getattr(nn.Conv2d, m) for m in methods)
+
+
+def _weights(conv: Any) -> tuple[Tensor, Tensor | None]:
+    """weight and bias; past nn.Module's slow attribute access where they are parameters."""
+    parameters = conv._parameters
+    if "weight" in parameters and "bias" in parameters:
+        return parameters["weight"], parameters["bias"]
+    return conv.weight, conv.bias
+
+
+def _pad(input: Tensor, pads: Pads, mode: str) -> Tensor:
+    top, bottom, left, right = pads
+    return F.pad(input, (left, right, top, bottom), "constant" if mode == "zeros" else mode)
