@@ -23,6 +23,12 @@ void forward_tile(const ForwardPlan& plan, const Tile& tile, void* scratch) {
     ForwardPlanar<V, Shape>::run(plan, tile, elements);
 }
 
+template <class V>
+void transpose_any(const void* from, int64_t rows, int64_t columns, int64_t from_stride, void* to, int64_t to_stride) {
+  using T = typename V::T;
+  transpose<V>(static_cast<const T*>(from), rows, columns, from_stride, static_cast<T*>(to), to_stride);
+}
+
 // The peak that the kernels are measured against: sums in as many registers as hide any FMA's latency (2 per cycle
 // x 5 cycles at most), nothing loaded or stored.
 template <class V>
@@ -55,6 +61,7 @@ FASTSEP_NOINLINE double fma_chain(int64_t rounds) {
       {isa_::Vec<element>::width, Shape::rows, Shape::columns, Shape::planar_rows, Shape::planar_columns, Shape::run}, \
       isa_::scratch_bytes<isa_::Vec<element>, Shape>,                                                                  \
       isa_::forward_tile<isa_::Vec<element>, Shape>,                                                                   \
+      isa_::transpose_any<isa_::Vec<element>>,                                                                         \
       isa_::fma_chain<isa_::Vec<element>>};
 
 }  // namespace fastsep

@@ -210,23 +210,6 @@ struct ForwardPlanar {
     }
   }
 
-  // output[j][i] = tile[i][j]. The last blocks move back to end with the tile; a side shorter than a block goes one by
-  // one.
-  static void store_transposed(const T* tile, int64_t pixels, int64_t channels, T* output, int64_t plane) {
-    if (pixels < 4 || channels < 4) {
-      for (int64_t j = 0; j < channels; ++j)
-        for (int64_t i = 0; i < pixels; ++i) output[j * plane + i] = tile[i * panel + j];
-      return;
-    }
-    for (int64_t next_j = 0; next_j < channels; next_j += 4) {
-      const int64_t j = smaller(next_j, channels - 4);
-      for (int64_t next_i = 0; next_i < pixels; next_i += 4) {
-        const int64_t i = smaller(next_i, pixels - 4);
-        V::transpose_4x4(tile + i * panel + j, panel, output + j * plane + i, plane);
-      }
-    }
-  }
-
   static void channels_by_vector(Product<T>& product, const Layout& layout, T* scratch, const T* weights, const T* bias,
                                  int64_t pixels, int64_t channels, T* output, int64_t plane) {
     T* const tile = scratch + layout.transposed;
@@ -243,7 +226,7 @@ struct ForwardPlanar {
       const int64_t first = cut(pixels, row_tiles, i), count = cut(pixels, row_tiles, i + 1) - first;
       product.a = scratch + layout.runs + first;
       multiply<V, Rows, Columns, 1>(product, count, (channels + V::width - 1) / V::width);
-      store_transposed(tile, count, channels, output + first, plane);
+      transpose<V>(tile, count, channels, panel, output + first, plane);
     }
   }
 };

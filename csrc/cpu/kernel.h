@@ -60,6 +60,8 @@ struct Kernel {
   // Scratch that forward_tile needs for a tile of at most rows x columns pixels, in bytes.
   int64_t (*scratch_bytes)(const ForwardPlan& plan, int64_t rows, int64_t columns);
   void (*forward_tile)(const ForwardPlan& plan, const Tile& tile, void* scratch);
+  // to[i * to_stride + k] = from[k * from_stride + i] for k < rows, i < columns.
+  void (*transpose)(const void* from, int64_t rows, int64_t columns, int64_t from_stride, void* to, int64_t to_stride);
   // Runs FMAs on registers alone; returns how many floating-point operations that were.
   double (*fma_chain)(int64_t rounds);
 };

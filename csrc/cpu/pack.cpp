@@ -37,6 +37,7 @@ int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 8; }
 template <class T>
 struct Packing {
   const Problem& problem;
+  const Kernel& kernel;
   PackedLayout layout;
   int64_t panel;
   Weights weights;
@@ -64,34 +65,35 @@ struct Packing {
     }
   }
 
-  // One panel: out[i][k] = weight[k][i], in blocks of 16 x 16 so that both sides stay in first-level cache.
+  // One panel: out[i][k] = weight[k][i], zeros behind the last output channel.
   void pointwise(int64_t index) const {
-    constexpr int64_t block = 16;
     const Problem& p = problem;
     const int64_t first = index * panel;
     const int64_t count = p.out_channels - first < panel ? p.out_channels - first : panel;
     const T* weight = static_cast<const T*>(weights.pointwise_weight) + first * depth();
     const T* bias = static_cast<const T*>(weights.bias);
+    T* out = packed + layout.pointwise + index * depth() * panel;
     for (int64_t k = 0; k < panel; ++k)
       packed[layout.bias + first + k] = bias != nullptr && k < count ? bias[first + k] : T(0);
-    for (int64_t filter = 0; filter < p.multiplier; ++filter) {
-      T* out = packed + layout.pointwise + (index * depth() + filter * p.channels) * panel;
-      for (int64_t c = 0; c < p.channels; c += block) {
-        const int64_t rows = p.channels - c < block ? p.channels - c : block;
-        for (int64_t k = 0; k < panel; ++k) {
-          const T* from = weight + k * depth() + c * p.multiplier + filter;
-          for (int64_t i = 0; i < rows; ++i) out[(c + i) * panel + k] = k < count ? from[i * p.multiplier] : T(0);
-        }
-      }
-    }
+    for (int64_t i = 0; i < depth(); ++i)
+      for (int64_t k = count; k < panel; ++k) out[i * panel + k] = T(0);
+    if (p.multiplier == 1) return kernel.transpose(weight, count, depth(), depth(), out, panel);
+    for (int64_t c = 0; c < p.channels; ++c)
+      for (int64_t filter = 0; filter < p.multiplier; ++filter)
+        for (int64_t k = 0; k < count; ++k)
+          out[(filter * p.channels + c) * panel + k] = weight[k * depth() + c * p.multiplier + filter];
   }
 };
 
 template <class T>
 void pack_as(const Problem& problem, const Kernel& kernel, const Weights& weights, void* packed,
              const Executor& executor) {
-  const Packing<T> packing = {problem, packed_layout(problem, kernel), kernel.shape.vector * kernel.shape.columns,
-                              weights, static_cast<T*>(packed)};
+  const Packing<T> packing = {problem,
+                              kernel,
+                              packed_layout(problem, kernel),
+                              kernel.shape.vector * kernel.shape.columns,
+                              weights,
+                              static_cast<T*>(packed)};
   const auto body = [](void* context, int64_t index) {
     const auto& self = *static_cast<const Packing<T>*>(context);
     if (index == 0)
