@@ -23,11 +23,11 @@ class Activation(NamedTuple):
 def _silu_backward(g: Tensor, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return cast("Tensor", aten.silu_backward(g, x))
-    s = torch.sigmoid(x)  # the one operator below whose gradient torch does not have
+    s = torch.sigmoid(x)
     return g * s * (1 + x * (1 - s))
 
 
-# The gradients are torch's own formulas, operators that can be differentiated again.
+# The gradients are torch's own, except for the two of its operators that cannot be differentiated again.
 _TABLE: list[tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = [
     ("identity", lambda x: x, lambda g, x: g),
     ("relu", torch.relu, lambda g, x: aten.threshold_backward(g, x, 0)),
@@ -35,7 +35,7 @@ _TABLE: list[tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], T
     ("leaky_relu", F.leaky_relu, lambda g, x: aten.leaky_relu_backward(g, x, 0.01, False)),
     ("silu", F.silu, _silu_backward),
     ("hardswish", F.hardswish, aten.hardswish_backward),
-    ("hardsigmoid", F.hardsigmoid, aten.hardsigmoid_backward),
+    ("hardsigmoid", F.hardsigmoid, lambda g, x: torch.where((x > -3) & (x < 3), g / 6, 0)),
     ("sigmoid", torch.sigmoid, lambda g, x: aten.sigmoid_backward(g, torch.sigmoid(x))),
     ("tanh", torch.tanh, lambda g, x: aten.tanh_backward(g, torch.tanh(x))),
     ("gelu", F.gelu, aten.gelu_backward),

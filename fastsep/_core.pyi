@@ -13,7 +13,7 @@ def kernels() -> list[str]:
     """Names of all compiled kernels, ``op_dtype_isa``."""
 
 def set_thread_pool(parallel_for: int, get_num_threads: int) -> None:
-    """Lends torch's pool: addresses of ``torch_parallel_for`` and ``torch_get_num_threads``; 0, 0 takes it back."""
+    """Lends torch's pool: addresses of torch_parallel_for and torch_get_num_threads; 0, 0 takes it back."""
 
 def thread_pool() -> str:
     """``"torch"`` or ``"own"``."""
@@ -56,7 +56,7 @@ def forward(
 def forward_packed(
     problem: tuple[int, ...], isa: str, input: int, packed: int, packed_size: int, output: int
 ) -> None:
-    """Weights as pack() made them (64-byte aligned address). ValueError where made for another problem or ISA."""
+    """Weights as pack() made them, at a multiple of 64. ValueError where made for another problem or ISA."""
 
 def reference_forward(
     problem: tuple[int, ...],

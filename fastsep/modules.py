@@ -13,6 +13,8 @@ from . import _native
 from ._activations import ACTIVATIONS, activation_name
 from .functional import PLAIN, Padding, Pads, Size, dispatch, parse_padding, parse_pair, same_padding
 
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # since torch 2.7
+
 _ACTIVATIONS = "mid_activation", "activation"
 
 # Hooks on every module of the process. torch fills these dictionaries and never replaces them.
@@ -138,6 +140,7 @@ class SeparableConv2d(nn.Module):
             or _global_forward_pre_hooks
             or _global_backward_hooks
             or _global_backward_pre_hooks
+            or torch._C._get_tracing_state() is not None
             or (type(input) is not Tensor and _overrides_torch(input))
             or not self._is_fusable(depthwise, pointwise)
         ):
@@ -149,7 +152,8 @@ class SeparableConv2d(nn.Module):
         pads = self._pads(input, depthwise)
         if depthwise.padding_mode != "zeros":
             input, pads = _pad(input, pads, depthwise.padding_mode), (0, 0, 0, 0)
-        packed = self._packed
+        # Packed weights belong to one processor: no part of an exported program.
+        packed = None if _is_exporting() else self._packed
         if packed is not None:
             made_of = self._packed_weights
             if dw is not made_of[0] or pw is not made_of[1] or db is not made_of[2] or b is not made_of[3]:

@@ -1,1 +1,236 @@
 """Gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+from cases import BY_NAME, VARIETIES, varied
+from torch.autograd import gradcheck, gradgradcheck
+
+import fastsep
+from fastsep import _ops
+from fastsep._activations import ACTIVATIONS
+from fastsep._case import format_case, parse_case
+
+NAMES = ("input", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias")
+
+# For finite differences, which take a call for every number that goes in.
+SMALL = [
+    "c=2 h=3 w=4 k=3 kh=1 kw=1 b=1",
+    "c=2 h=4 w=3 k=2 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1 db=1 b=1 mid=relu act=relu6",
+    "n=2 c=2 h=3 w=4 k=2 kh=2 kw=3 sh=1 sw=2 pb=1 pl=2 b=1 mid=relu6 act=relu",
+    "c=1 h=5 w=4 k=2 m=3 kh=3 kw=2 dh=2 pt=1 pr=1 db=1 mid=leaky_relu act=leaky_relu",
+    "c=2 h=5 w=5 k=2 m=2 kh=3 kw=3 sh=2 sw=2 pb=1 pr=1 db=1 b=1 mid=silu act=hardswish",
+    "c=3 h=2 w=2 k=2 kh=2 kw=2 b=1 mid=hardswish act=silu",
+    "c=2 h=3 w=3 k=2 kh=3 kw=1 pt=3 mid=hardsigmoid act=sigmoid",
+    "c=2 h=1 w=2 k=3 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1 mid=sigmoid act=hardsigmoid",
+    "c=2 h=3 w=5 k=2 kh=1 kw=3 dw=2 pl=2 pr=1 db=1 b=1 mid=tanh act=gelu",
+    "n=2 c=2 h=2 w=3 k=1 kh=2 kw=2 pt=1 mid=gelu act=gelu_tanh",
+    "c=2 h=3 w=3 k=2 kh=2 kw=2 b=1 mid=gelu_tanh act=tanh",
+]
+
+
+def leaves(case, *needed):
+    """The tensors of a case, those in `needed` with gradients; all without any."""
+    tensors = case.tensors()
+    for name in needed or NAMES:
+        if tensors[name] is not None:
+            tensors[name].requires_grad_()
+    return tensors
+
+
+def call(case, tensors):
+    return fastsep.separable_conv2d(**tensors, **case.options)
+
+
+def composed(case, tensors):
+    geometry = ((case.sh, case.sw), (case.pt, case.pb, case.pl, case.pr), (case.dh, case.dw))
+    x, dw, pw, b, db = (tensors[name] for name in NAMES)
+    return _ops.compose(x, dw, pw, db, b, *geometry, case.mid, case.act)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, in forward mode
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("line", SMALL)
+def test_finite_differences(line, layout):
+    case = replace(parse_case(line), dtype="float64", layout=layout)
+    tensors = leaves(case)
+    inputs = [tensor for tensor in tensors.values() if tensor is not None]
+
+    def function(*numbers):
+        given = iter(numbers)
+        return call(case, {name: None if t is None else next(given) for name, t in tensors.items()})
+
+    # Forward mode goes by composition; batched gradients are what jacobians by torch.autograd use.
+    assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(function, inputs)
+
+
+def test_finite_differences_know_every_activation():
+    cases = [parse_case(line) for line in SMALL]
+    assert {case.mid for case in cases} == {case.act for case in cases} == set(ACTIVATIONS)
+
+
+COMPARED = [
+    "both_biases", "stride_2", "stride_2_tf_same", "strides_unequal", "stride_3", "dilation_and_stride",
+    "four_paddings", "padding_beyond_kernel", "multiplier_3", "kernel_4x4", "kernel_5x3",
+    "kernel_larger_than_plane", "one_pixel_plane_3x3", "channels_33_to_31", "gelu_of_stride_and_multiplier",
+    "mobilenet_v2_projection",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPARED)
+@pytest.mark.parametrize("variety", VARIETIES, ids="-".join)
+def test_gradients_are_those_of_torch(name, variety):
+    case = varied(BY_NAME[name], *variety)
+    ours, theirs = leaves(case), leaves(case)
+    y, z = call(case, ours), composed(case, theirs)
+    # Uneven, strided as some layers hand it on.
+    weight = torch.randn(y.shape[::-1], dtype=y.dtype, generator=torch.Generator().manual_seed(2)).permute(
+        3, 2, 1, 0
+    )
+    y.backward(weight)
+    z.backward(weight)
+    for name in NAMES:
+        if ours[name] is not None:
+            got, expected = ours[name].grad, theirs[name].grad
+            scale = expected.abs().max().item() + 1
+            tolerance = 1e-5 if case.dtype == "float32" else 1e-12
+            assert (got - expected).abs().max() <= tolerance * scale, f"{name}: {format_case(case)}"
+
+
+@pytest.mark.parametrize("needed", [n for n in product([False, True], repeat=5) if any(n)], ids=str)
+def test_every_subset_of_gradients(needed):
+    case = replace(BY_NAME["gelu_of_stride_and_multiplier"], db=1, pb=3, dtype="float64")
+    wanted = [name for name, need in zip(NAMES, needed, strict=True) if need]
+    ours, theirs = leaves(case, *wanted), leaves(case, *wanted)
+    call(case, ours).square().sum().backward()
+    composed(case, theirs).square().sum().backward()
+    for name in NAMES:
+        if name in wanted:
+            torch.testing.assert_close(ours[name].grad, theirs[name].grad)
+        else:
+            assert ours[name].grad is None
+
+
+def test_only_input_and_weights_are_saved():
+    """What the two halves hand over, by far the largest tensor, is computed again."""
+    case = BY_NAME["mobilenet_v2_projection"]
+    tensors, saved = leaves(case), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+        y = call(case, tensors)
+    assert set(saved) == {tensor.data_ptr() for tensor in tensors.values()}
+    y.sum().backward()
+
+
+def test_no_graph_where_nothing_needs_it():
+    case = BY_NAME["both_biases"]
+    assert call(case, case.tensors()).grad_fn is None
+    with torch.no_grad():
+        assert call(case, leaves(case)).grad_fn is None
+    with torch.inference_mode():
+        y = call(case, leaves(case))
+    assert y.is_inference()
+    assert call(case, leaves(case)).grad_fn.name() == "SeparableConv2dFunctionBackward"
+
+
+@pytest.mark.parametrize("view", ["unbatched", "empty", "expanded", "sliced"])
+def test_gradients_through_views(view):
+    case = replace(BY_NAME["both_biases"], n=2, dtype="float64")
+    change = {
+        "unbatched": lambda x: x[1],
+        "empty": lambda x: x[:0],
+        "expanded": lambda x: x[:, :1].expand(x.shape),
+        "sliced": lambda x: torch.cat([x, x], 1)[:, 1:4].transpose(2, 3).contiguous().transpose(2, 3),
+    }[view]
+    ours, theirs = leaves(case), leaves(case)
+    y = call(case, {**ours, "input": change(ours["input"])})
+    x = change(theirs["input"])
+    z = composed(case, {**theirs, "input": x.reshape(-1, *x.shape[-3:])})
+    torch.testing.assert_close(y.view(z.shape), z)
+    y.square().sum().backward()
+    z.square().sum().backward()
+    for name in NAMES:
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad)
+
+
+def test_operator_has_the_gradient_itself():
+    """Who calls it from an exported graph has no Function around it."""
+    case = replace(BY_NAME["stride_2_tf_same"], dtype="float64", mid="silu", act="tanh")
+    ours, theirs = leaves(case), leaves(case)
+    x, dw, pw, b, db = (ours[name] for name in NAMES)
+    geometry = (
+        [case.sh, case.sw],
+        [case.pt, case.pb, case.pl, case.pr],
+        [case.dh, case.dw],
+        case.mid,
+        case.act,
+    )
+    torch.ops.fastsep.separable_conv2d(x, dw, pw, db, b, None, *geometry).square().sum().backward()
+    composed(case, theirs).square().sum().backward()
+    for name in NAMES:
+        if ours[name] is not None:
+            torch.testing.assert_close(ours[name].grad, theirs[name].grad)
+
+
+def test_backward_twice_and_through_the_gradient():
+    case = replace(BY_NAME["both_biases"], dtype="float64", mid="silu")
+    ours, theirs = leaves(case), leaves(case)
+    for function, tensors in ((call, ours), (composed, theirs)):
+        y = function(case, tensors)
+        y.sum().backward(retain_graph=True)
+        y.sum().backward(retain_graph=True)
+        inputs = list(tensors.values())
+        penalty = sum(
+            g.square().sum() for g in torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        )
+        penalty.backward()
+    for name in NAMES:
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad)
+
+
+def test_writing_to_what_was_saved_is_noticed():
+    case = BY_NAME["both_biases"]
+    tensors = leaves(case)
+    y = call(case, tensors)
+    with torch.no_grad():
+        tensors["pointwise_weight"].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_checkpoint():
+    layer = fastsep.SeparableConv2d(6, 7, 3, mid_activation="gelu")
+    x = torch.randn(2, 6, 8, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
+    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+    (got,) = torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(got, expected)
+
+
+def test_gradient_is_the_same_in_every_run():
+    case = BY_NAME["mobilenet_v2_projection"]
+    runs = []
+    for _ in range(3):
+        tensors = leaves(case)
+        call(case, tensors).square().sum().backward()
+        runs.append([tensor.grad for tensor in tensors.values()])
+    for grads in zip(*runs, strict=True):
+        assert torch.equal(grads[0], grads[1])
+        assert torch.equal(grads[0], grads[2])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+def test_gradients_of_activations_at_their_edges(activation, again):
+    """Where the slope jumps, at NaN and at large numbers the same as torch's."""
+    points = [0.0, -0.0, 6.0, 3.0, -3.0, 1e-8, -1e-8, 2.5, -2.5, 30.0, -30.0, torch.nan]
+    x = torch.tensor(points, dtype=torch.float64, requires_grad=True)
+    g = torch.linspace(1, 2, len(points), dtype=torch.float64)
+    function = ACTIVATIONS[activation]
+    (expected,) = torch.autograd.grad(function.forward(x).mul(1), x, g, create_graph=again)
+    with torch.set_grad_enabled(again):
+        torch.testing.assert_close(function.backward(g, x), expected, equal_nan=True)
