@@ -129,11 +129,22 @@ def test_new_weights_count_at_once(change):
     assert torch.equal(model(X), other_weights()(X))
 
 
-def test_functional_call_with_other_weights():
-    frozen = layer().freeze()
-    other = dict(other_weights().named_parameters())
-    assert torch.equal(torch.func.functional_call(frozen, other, (X,)), other_weights()(X))
-    assert torch.equal(frozen(X), layer()(X))
+@pytest.mark.parametrize(
+    "names", [(), *((name,) for name, _ in layer(depthwise_bias=True).named_parameters())], ids=str
+)
+def test_functional_call_with_other_weights(names):
+    """With all of them, or with one alone."""
+    plain = layer(depthwise_bias=True)
+    frozen = layer(depthwise_bias=True).freeze()
+    other = {
+        name: parameter.detach() + 1
+        for name, parameter in plain.named_parameters()
+        if not names or name in names
+    }
+    expected = torch.func.functional_call(plain, other, (X,))
+    assert torch.equal(torch.func.functional_call(frozen, other, (X,)), expected)
+    assert not torch.equal(frozen(X), expected)
+    assert torch.equal(frozen(X), plain(X))
 
 
 def test_conversion(packed_calls):
@@ -180,8 +191,11 @@ def test_hook_after_freeze():
     torch.testing.assert_close(frozen(X), layer()(X).detach() + 1)
 
 
-def test_misplaced_packed_weights_are_not_used():
+def test_misplaced_packed_weights_are_not_used(monkeypatch):
     """A copy of them, as a compiler may make one, can lie at any address."""
+    used = []
+    forward = _native.core.forward_packed
+    monkeypatch.setattr(_native.core, "forward_packed", lambda *args: used.append(args[3]) or forward(*args))
     frozen = layer().freeze()
     weights = frozen.depthwise.weight, frozen.pointwise.weight, None, frozen.pointwise.bias
     size = frozen._packed.numel()
@@ -189,8 +203,9 @@ def test_misplaced_packed_weights_are_not_used():
         y = torch.ops.fastsep.separable_conv2d(
             *(X, *weights, packed), [1, 1], [1, 1, 1, 1], [1, 1], "relu6", "identity"
         )
-        assert torch.equal(y, frozen(X))
         assert packed.numel() == size
+        assert used == [frozen._packed.data_ptr()]
+        torch.testing.assert_close(y, layer()(X))
     garbage = torch.zeros(size, dtype=torch.uint8)
     assert garbage.data_ptr() % 64 == 0
     with pytest.raises(ValueError, match="packed weights were made for another problem"):

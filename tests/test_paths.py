@@ -193,7 +193,13 @@ def test_views_with_the_negative_bit():
     for x in (z.conj().imag, z.imag):
         expected = fastsep.separable_conv2d(x.resolve_neg().clone(), *dense)
         torch.testing.assert_close(fastsep.separable_conv2d(x, *weights), expected)
-        torch.testing.assert_close(fastsep.separable_conv2d(x, dense[0], weights[1], dense[2]), expected)
+    x = x.clone()
+    for i in range(3):
+        one = [*dense[:i], weights[i], *dense[i + 1 :]]
+        torch.testing.assert_close(fastsep.separable_conv2d(x, *one), expected)
+    bias = torch.randn(6, dtype=torch.complex64).conj().imag
+    expected = fastsep.separable_conv2d(x, *dense, depthwise_bias=bias.resolve_neg().clone())
+    torch.testing.assert_close(fastsep.separable_conv2d(x, *dense, depthwise_bias=bias), expected)
 
 
 def test_torch_function_is_asked():
