@@ -32,9 +32,9 @@ class Clock:
 
 def test_race_measures_each_candidate():
     clock = Clock()
-    # Six calls of warm-up, dear as first calls are.
-    fast = clock.candidate("fast", *[1e-3] * 6, 1e-4)
-    slow = clock.candidate("slow", *[9e-3] * 6, 5e-3)
+    # Eight calls of warm-up, dear as first calls are.
+    fast = clock.candidate("fast", *[1e-3] * 8, 1e-4)
+    slow = clock.candidate("slow", *[9e-3] * 8, 5e-3)
     times = race({"fast": fast, "slow": slow}, seconds=0.5, clock=clock)
     assert times["fast"].median == pytest.approx(1e-4)
     assert times["slow"].median == pytest.approx(5e-3)
@@ -47,15 +47,21 @@ def test_candidates_take_turns():
     clock = Clock()
     cost = engine.SAMPLE_SECONDS  # so one call a sample
     race({name: clock.candidate(name, cost) for name in "abc"}, seconds=0, clock=clock)
-    rounds = clock.calls[3 * 6 :]
-    assert len(rounds) == 3 * engine.LEAST_ROUNDS
-    assert "".join(rounds[:12]) == "abc" + "bca" + "cab" + "abc"
+    rounds = clock.calls[3 * 8 :]  # two a turn, of which the first is not timed
+    assert len(rounds) == 2 * 3 * engine.LEAST_ROUNDS
+    assert "".join(rounds[:24]) == "aabbcc" + "bbccaa" + "ccaabb" + "aabbcc"
+
+
+def test_the_first_call_of_a_turn_is_not_timed():
+    clock = Clock()
+    costs = [1.0] * 8 + [99.0, 1.0] * engine.LEAST_ROUNDS
+    assert race({"a": clock.candidate("a", *costs)}, seconds=0, clock=clock)["a"].high == pytest.approx(1.0)
 
 
 def test_short_calls_are_repeated_to_fill_a_sample():
     clock = Clock()
     race({"a": clock.candidate("a", engine.SAMPLE_SECONDS / 50)}, seconds=0, clock=clock)
-    assert len(clock.calls) == 6 + 50 * engine.LEAST_ROUNDS
+    assert len(clock.calls) == 8 + 51 * engine.LEAST_ROUNDS
 
 
 def test_one_disturbance_does_not_move_the_median():
