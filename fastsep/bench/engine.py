@@ -43,8 +43,8 @@ def race(
     """Times the candidates for about ``seconds`` altogether.
 
     In each round every candidate gives one sample, the mean of as many calls as fill SAMPLE_SECONDS, and each
-    round begins with another candidate. The first call of a turn, which finds the caches full of another's data,
-    is not timed.
+    round begins with another candidate. The first call of a turn, which finds the caches full of another's
+    data, is not timed.
     """
 
     def sample(run: Callable[[], object], calls: int) -> float:
