@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastsep import _native
+from fastsep import _native, _ops
 
 ISAS = _native.core.isas() if _native.core is not None else []
 
@@ -24,3 +24,12 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def native_calls(monkeypatch):
+    """The arguments of every native call that did not take the way through the dispatcher."""
+    calls = []
+    kernel = _ops.cpu_kernel
+    monkeypatch.setattr(_ops, "cpu_kernel", lambda *args: calls.append(args) or kernel(*args))
+    return calls

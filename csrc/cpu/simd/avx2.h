@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include "../vector.h"
+#include "transpose_x86.h"
 
 namespace fastsep {
 namespace FASTSEP_ISA {
@@ -52,13 +53,7 @@ struct Vec<float> {
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), _MM_SHUFFLE(3, 1, 2, 0)));
   }
   static void transpose_4x4(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
-    __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_stride);
-    __m128 c = _mm_loadu_ps(from + 2 * from_stride), d = _mm_loadu_ps(from + 3 * from_stride);
-    _MM_TRANSPOSE4_PS(a, b, c, d);
-    _mm_storeu_ps(to, a);
-    _mm_storeu_ps(to + to_stride, b);
-    _mm_storeu_ps(to + 2 * to_stride, c);
-    _mm_storeu_ps(to + 3 * to_stride, d);
+    transpose_4x4_x86(from, from_stride, to, to_stride);
   }
 };
 
@@ -98,14 +93,7 @@ struct Vec<double> {
     return _mm256_permute4x64_pd(_mm256_unpacklo_pd(front, back), _MM_SHUFFLE(3, 1, 2, 0));
   }
   static void transpose_4x4(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
-    const __m256d a = _mm256_loadu_pd(from), b = _mm256_loadu_pd(from + from_stride);
-    const __m256d c = _mm256_loadu_pd(from + 2 * from_stride), d = _mm256_loadu_pd(from + 3 * from_stride);
-    const __m256d ab_02 = _mm256_unpacklo_pd(a, b), ab_13 = _mm256_unpackhi_pd(a, b);
-    const __m256d cd_02 = _mm256_unpacklo_pd(c, d), cd_13 = _mm256_unpackhi_pd(c, d);
-    _mm256_storeu_pd(to, _mm256_permute2f128_pd(ab_02, cd_02, 0x20));
-    _mm256_storeu_pd(to + to_stride, _mm256_permute2f128_pd(ab_13, cd_13, 0x20));
-    _mm256_storeu_pd(to + 2 * to_stride, _mm256_permute2f128_pd(ab_02, cd_02, 0x31));
-    _mm256_storeu_pd(to + 3 * to_stride, _mm256_permute2f128_pd(ab_13, cd_13, 0x31));
+    transpose_4x4_x86(from, from_stride, to, to_stride);
   }
 };
 

@@ -13,6 +13,7 @@
 #include <immintrin.h>
 
 #include "../vector.h"
+#include "transpose_x86.h"
 
 // GCC before 13 warns of the undefined pass-through operand in its own definition of _mm512_max_ps and others (GCC bug
 // 105593).
@@ -60,13 +61,7 @@ struct Vec<float> {
                                   _mm512_maskz_loadu_ps(static_cast<__mmask16>(touched >> width), p + width));
   }
   static void transpose_4x4(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
-    __m128 a = _mm_loadu_ps(from), b = _mm_loadu_ps(from + from_stride);
-    __m128 c = _mm_loadu_ps(from + 2 * from_stride), d = _mm_loadu_ps(from + 3 * from_stride);
-    _MM_TRANSPOSE4_PS(a, b, c, d);
-    _mm_storeu_ps(to, a);
-    _mm_storeu_ps(to + to_stride, b);
-    _mm_storeu_ps(to + 2 * to_stride, c);
-    _mm_storeu_ps(to + 3 * to_stride, d);
+    transpose_4x4_x86(from, from_stride, to, to_stride);
   }
 };
 
@@ -104,14 +99,7 @@ struct Vec<double> {
                                   _mm512_maskz_loadu_pd(static_cast<__mmask8>(touched >> width), p + width));
   }
   static void transpose_4x4(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
-    const __m256d a = _mm256_loadu_pd(from), b = _mm256_loadu_pd(from + from_stride);
-    const __m256d c = _mm256_loadu_pd(from + 2 * from_stride), d = _mm256_loadu_pd(from + 3 * from_stride);
-    const __m256d ab_02 = _mm256_unpacklo_pd(a, b), ab_13 = _mm256_unpackhi_pd(a, b);
-    const __m256d cd_02 = _mm256_unpacklo_pd(c, d), cd_13 = _mm256_unpackhi_pd(c, d);
-    _mm256_storeu_pd(to, _mm256_permute2f128_pd(ab_02, cd_02, 0x20));
-    _mm256_storeu_pd(to + to_stride, _mm256_permute2f128_pd(ab_13, cd_13, 0x20));
-    _mm256_storeu_pd(to + 2 * to_stride, _mm256_permute2f128_pd(ab_02, cd_02, 0x31));
-    _mm256_storeu_pd(to + 3 * to_stride, _mm256_permute2f128_pd(ab_13, cd_13, 0x31));
+    transpose_4x4_x86(from, from_stride, to, to_stride);
   }
 };
 
