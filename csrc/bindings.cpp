@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -59,7 +60,7 @@ Isa to_isa(const std::string& name) {
 
 // FASTSEP_ISA is read once: looking it up and asking the processor takes longer than a small layer.
 Isa fast_isa(const std::string& name) {
-  static Isa best = Isa::best;
+  static std::atomic<Isa> best{Isa::best};
   if (!name.empty()) return to_isa(name);
   if (best == Isa::best) best = to_isa(name);
   return best;
