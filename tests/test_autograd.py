@@ -234,3 +234,54 @@ def test_gradients_of_activations_at_their_edges(activation, again):
     (expected,) = torch.autograd.grad(function.forward(x).mul(1), x, g, create_graph=again)
     with torch.set_grad_enabled(again):
         torch.testing.assert_close(function.backward(g, x), expected, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (1, -1, 1, 1), (-1, 1, 1, 1)], ids=["one", "channels", "images"]
+)
+def test_expanded_gradients(shape):
+    """With strides of zero, as sum() and mean() hand them on."""
+    case = replace(BY_NAME["both_biases"], n=2, dtype="float64", mid="gelu", act="tanh")
+    ours, theirs = leaves(case), leaves(case)
+    y, z = call(case, ours), composed(case, theirs)
+    small = [s if size == -1 else 1 for s, size in zip(y.shape, shape, strict=True)]
+    grad = torch.randn(small, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).expand(y.shape)
+    assert 0 in grad.stride()
+    y.backward(grad)
+    z.backward(grad)
+    for name in NAMES:
+        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_writing_to_any_saved_tensor_is_noticed(name):
+    case = BY_NAME["both_biases"]
+    tensors = leaves(case)
+    y = call(case, tensors)
+    with torch.no_grad():
+        tensors[name].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_backward_after_the_graph_is_freed():
+    case = BY_NAME["both_biases"]
+    y = call(case, leaves(case)).sum()
+    y.backward()
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        y.backward()
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected in")
+def test_anomaly_mode():
+    """It finds no fault with good gradients, and names the operator whose gradient is NaN."""
+    case = BY_NAME["both_biases"]
+    tensors = leaves(case)
+    with torch.autograd.detect_anomaly():
+        call(case, tensors).sum().backward()
+        assert all(tensor.grad.isfinite().all() for tensor in tensors.values())
+        with torch.no_grad():
+            tensors["depthwise_weight"].fill_(torch.nan)
+        y = call(case, tensors)
+        with pytest.raises(RuntimeError, match=r"'SeparableConv2dFunctionBackward' returned nan values"):
+            y.sum().backward()

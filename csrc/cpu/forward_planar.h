@@ -23,6 +23,11 @@ struct ForwardPlanar {
   static constexpr int PlanarRows = Shape::planar_rows, PlanarColumns = Shape::planar_columns;
   static constexpr int panel = Columns * V::width;
 
+  // Which copied columns of one remainder modulo stride_w lie inside the plane, and the input column of the first copy.
+  struct Inside {
+    int64_t first, begin, end;
+  };
+
   // Parts of the scratch, in elements.
   struct Layout {
     int64_t stride;  // of one channel's run of pixels
@@ -32,7 +37,7 @@ struct ForwardPlanar {
     int64_t phases;        // remainders modulo stride_w that taps have
     int64_t reached;       // columns of one remainder that taps reach
     int64_t phase_length;  // and room for a vector behind them
-    int64_t runs, input, row_pointers, sources, tap_offsets, transposed, total;
+    int64_t runs, input, row_pointers, sources, tap_offsets, columns, transposed, total;
   };
 
   static Layout layout_of(const ForwardPlan& plan, int64_t rows, int64_t columns) {
@@ -57,7 +62,8 @@ struct ForwardPlanar {
     layout.row_pointers = layout.input + (layout.copies + 1) * layout.phases * layout.phase_length;
     layout.sources = layout.row_pointers + round_up(layout.copies * pointer, 64);
     layout.tap_offsets = layout.sources + round_up(layout.copies * pointer, 64);
-    layout.transposed = layout.tap_offsets + round_up(p.kernel_w * pointer, 64);
+    layout.columns = layout.tap_offsets + round_up(p.kernel_w * pointer, 64);
+    layout.transposed = layout.columns + round_up(layout.phases * int64_t(sizeof(Inside)) / size, 64);
     layout.total = layout.transposed + Rows * panel;
     return layout;
   }
@@ -66,29 +72,32 @@ struct ForwardPlanar {
     return layout_of(plan, rows, columns).total * int64_t(sizeof(T));
   }
 
-  // The columns left, left + 1, ... of one input row that taps reach, zeros outside the plane, sorted by their
-  // remainder modulo stride_w. Whole vectors are written, so up to a vector behind the last column is zero as well.
-  static void copy_row(const T* row, int64_t width, int64_t left, int64_t stride, const Layout& layout, T* copy) {
-    const auto zero = V::set1(0);
+  static Inside inside_of(int64_t phase, int64_t width, int64_t left, int64_t stride, const Layout& layout) {
+    Inside columns;
+    columns.first = left + phase;
+    columns.begin = columns.first < 0 ? smaller(layout.reached, (-columns.first + stride - 1) / stride) : 0;
+    const int64_t inside = columns.first < width ? (width - columns.first + stride - 1) / stride : 0;
+    columns.end = larger(columns.begin, smaller(layout.reached, inside));
+    return columns;
+  }
+
+  // The columns of one input row that taps reach, sorted by their remainder modulo stride_w. Those outside the plane
+  // are left as they are: zeros, written once for all channels, and up to a vector of them again behind the last
+  // inside.
+  static void copy_row(const T* row, int64_t stride, const Layout& layout, const Inside* columns, T* copy) {
     for (int64_t phase = 0; phase < layout.phases; ++phase, copy += layout.phase_length) {
-      const int64_t first = left + phase;  // input column of copy[0]
-      const int64_t begin = first < 0 ? smaller(layout.reached, (-first + stride - 1) / stride) : 0;
-      const int64_t inside = first < width ? (width - first + stride - 1) / stride : 0;
-      const int64_t end = larger(begin, smaller(layout.reached, inside));
-      for (int64_t i = 0; i < begin; i += V::width) V::store(copy + i, zero);
-      int64_t i = begin;
+      const T* from = row + columns[phase].first;
+      int64_t i = columns[phase].begin;
+      const int64_t end = columns[phase].end;
       if (stride == 1) {
-        for (; i + V::width <= end; i += V::width) V::store(copy + i, V::load(row + first + i));
-        if (i < end) V::store(copy + i, V::load_n(row + first + i, static_cast<int>(end - i)));
-        i += i < end ? V::width : 0;
+        for (; i + V::width <= end; i += V::width) V::store(copy + i, V::load(from + i));
+        if (i < end) V::store(copy + i, V::load_n(from + i, static_cast<int>(end - i)));
       } else if (stride == 2) {
         for (; i < end; i += V::width)
-          V::store(copy + i, V::load_even(row + first + 2 * i, static_cast<int>(smaller<int64_t>(V::width, end - i))));
+          V::store(copy + i, V::load_even(from + 2 * i, static_cast<int>(smaller<int64_t>(V::width, end - i))));
       } else {
-        for (; i < end; ++i) copy[i] = row[first + stride * i];
+        for (; i < end; ++i) copy[i] = from[stride * i];
       }
-      for (; i < layout.phase_length - V::width; i += V::width) V::store(copy + i, zero);
-      V::store(copy + layout.phase_length - V::width, zero);
     }
   }
 
@@ -110,12 +119,15 @@ struct ForwardPlanar {
     T** const row_pointers = reinterpret_cast<T**>(scratch + layout.row_pointers);
     int64_t* const sources = reinterpret_cast<int64_t*>(scratch + layout.sources);
     int64_t* const tap_offsets = reinterpret_cast<int64_t*>(scratch + layout.tap_offsets);
+    Inside* const columns_inside = reinterpret_cast<Inside*>(scratch + layout.columns);
+    for (int64_t phase = 0; phase < layout.phases; ++phase)
+      columns_inside[phase] = inside_of(phase, p.width, left, p.stride_w, layout);
     for (int64_t s = 0; s < p.kernel_w; ++s) {
       const int64_t column = s * p.dilation_w;
       tap_offsets[s] = column % p.stride_w * layout.phase_length + column / p.stride_w;
     }
     // Which rows the taps touch is the same for every channel.
-    for (int64_t i = 0; i < row_elements; ++i) zeros[i] = 0;
+    for (int64_t i = 0; i < (layout.copies + 1) * row_elements; ++i) copies[i] = 0;
     for (int64_t i = 0; i < layout.copies; ++i) row_pointers[i] = zeros;
     for (int64_t y = 0; y < rows; ++y) {
       for (int64_t r = 0; r < p.kernel_h; ++r) {
@@ -140,7 +152,7 @@ struct ForwardPlanar {
       const T* plane = image + c * p.height * p.width;
       for (int64_t i = 0; i < layout.copies; ++i)
         if (row_pointers[i] != zeros)
-          copy_row(plane + sources[i] * p.width, p.width, left, p.stride_w, layout, row_pointers[i]);
+          copy_row(plane + sources[i] * p.width, p.stride_w, layout, columns_inside, row_pointers[i]);
       for (int64_t filter = 0; filter < p.multiplier; ++filter) {
         const int64_t i = filter * p.channels + c;
         channel.weight = packed<T>(plan, plan.layout.depthwise_planar) + i * taps;
