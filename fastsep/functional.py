@@ -120,7 +120,7 @@ def dispatch(*args: Any) -> Tensor:
 
 
 # Parameters are tensors like others here; any further subclass may have a mind of its own.
-PLAIN = frozenset({Tensor, nn.Parameter})
+PLAIN = (Tensor, nn.Parameter)
 
 
 def why_composed(input: Tensor, *weights: Tensor | None) -> str:
