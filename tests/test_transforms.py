@@ -134,6 +134,14 @@ def test_flops_are_those_of_two_convolutions():
     assert children.get_total_flops() == theirs.get_total_flops()
 
 
+def test_flops_of_a_kernel_that_is_not_square():
+    """2 operations for each tap and each weight of the pointwise half, at every output pixel."""
+    dw, pw = torch.randn(8, 1, 5, 2), torch.randn(6, 8, 1, 1)
+    with FlopCounterMode(display=False) as counter:
+        n, _, oh, ow = fastsep.separable_conv2d(X, dw, pw).shape
+    assert counter.get_total_flops() == 2 * n * oh * ow * 8 * (5 * 2 + 6)
+
+
 def test_profiler_shows_the_operator():
     module = layer()
     with torch.no_grad(), torch.profiler.profile() as profile:
