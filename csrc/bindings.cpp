@@ -73,6 +73,12 @@ Weights to_weights(uintptr_t depthwise_weight, uintptr_t depthwise_bias, uintptr
   return {address(depthwise_weight), address(depthwise_bias), address(pointwise_weight), address(bias)};
 }
 
+Gradients to_gradients(uintptr_t input, uintptr_t depthwise_weight, uintptr_t depthwise_bias,
+                       uintptr_t pointwise_weight, uintptr_t bias) {
+  return {mutable_address(input), mutable_address(depthwise_weight), mutable_address(depthwise_bias),
+          mutable_address(pointwise_weight), mutable_address(bias)};
+}
+
 // Scratch memory of one thread's calls, kept between them: fresh pages would cost a small layer more than its work.
 class Workspace {
  public:
@@ -106,11 +112,11 @@ class Workspace {
 thread_local Workspace workspace;
 thread_local Isa last_isa = Isa::best;
 
-template <class Run>
-void run_forward(const Problem& problem, Isa isa, bool with_packed, Run run) {
+template <class Ask, class Run>
+void run_in_workspace(Ask ask, Run run) {
   const Executor executor = current_executor();
   size_t bytes = 0;
-  check(workspace_bytes(problem, isa, executor.threads, with_packed, &bytes));
+  check(ask(executor.threads, &bytes));
   void* memory = workspace.ask(bytes);
   Status status;
   {
@@ -119,6 +125,14 @@ void run_forward(const Problem& problem, Isa isa, bool with_packed, Run run) {
   }
   workspace.give_back();
   check(status);
+}
+
+template <class Run>
+void run_forward(const Problem& problem, Isa isa, bool with_packed, Run run) {
+  const auto ask = [&](int threads, size_t* bytes) {
+    return workspace_bytes(problem, isa, threads, with_packed, bytes);
+  };
+  run_in_workspace(ask, run);
   last_isa = isa;
 }
 
@@ -140,6 +154,25 @@ void forward_packed(const py::tuple& fields, const std::string& isa_name, uintpt
     return forward(problem, isa, address(input), address(packed), packed_size, mutable_address(output), memory, bytes,
                    executor);
   });
+}
+
+void backward_plain(const py::tuple& fields, const std::string& isa_name, uintptr_t input, uintptr_t depthwise_weight,
+                    uintptr_t depthwise_bias, uintptr_t pointwise_weight, uintptr_t saved, uintptr_t grad_output,
+                    uintptr_t grad_input, uintptr_t grad_depthwise_weight, uintptr_t grad_depthwise_bias,
+                    uintptr_t grad_pointwise_weight, uintptr_t grad_bias) {
+  const Problem problem = to_problem(fields);
+  const Isa isa = fast_isa(isa_name);
+  const Weights weights = to_weights(depthwise_weight, depthwise_bias, pointwise_weight, 0);
+  const Gradients gradients =
+      to_gradients(grad_input, grad_depthwise_weight, grad_depthwise_bias, grad_pointwise_weight, grad_bias);
+  const auto ask = [&](int threads, size_t* bytes) {
+    return backward_workspace_bytes(problem, isa, threads, gradients, bytes);
+  };
+  run_in_workspace(ask, [&](void* memory, size_t bytes, const Executor& executor) {
+    return backward(problem, isa, address(input), weights, address(saved), address(grad_output), gradients, memory,
+                    bytes, executor);
+  });
+  last_isa = isa;
 }
 
 std::vector<std::string> isa_names(bool runnable) {
@@ -193,6 +226,28 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       },
       py::arg("problem"), py::arg("input"), py::arg("depthwise_weight"), py::arg("depthwise_bias"),
       py::arg("pointwise_weight"), py::arg("bias"), py::arg("output"), py::arg("magnitude") = false);
+  m.def("backward", &backward_plain);
+  m.def("derivative_from_output", [](int32_t activation) {
+    if (activation < 0 || activation >= activation_count) throw py::value_error("unknown activation number");
+    return derivative_from_output(static_cast<Activation>(activation));
+  });
+  m.def(
+      "reference_backward",
+      [](const py::tuple& fields, uintptr_t input, uintptr_t depthwise_weight, uintptr_t depthwise_bias,
+         uintptr_t pointwise_weight, uintptr_t bias, uintptr_t grad_output, uintptr_t grad_input,
+         uintptr_t grad_depthwise_weight, uintptr_t grad_depthwise_bias, uintptr_t grad_pointwise_weight,
+         uintptr_t grad_bias, bool magnitude) {
+        const Problem problem = to_problem(fields);
+        const Weights weights = to_weights(depthwise_weight, depthwise_bias, pointwise_weight, bias);
+        const Gradients gradients =
+            to_gradients(grad_input, grad_depthwise_weight, grad_depthwise_bias, grad_pointwise_weight, grad_bias);
+        py::gil_scoped_release release;
+        reference_backward(problem, address(input), weights, address(grad_output), gradients, magnitude);
+      },
+      py::arg("problem"), py::arg("input"), py::arg("depthwise_weight"), py::arg("depthwise_bias"),
+      py::arg("pointwise_weight"), py::arg("bias"), py::arg("grad_output"), py::arg("grad_input"),
+      py::arg("grad_depthwise_weight"), py::arg("grad_depthwise_bias"), py::arg("grad_pointwise_weight"),
+      py::arg("grad_bias"), py::arg("magnitude") = false);
   m.def("fma_peak", [](const std::string& isa, int32_t dtype, double seconds) {
     if (dtype != 0 && dtype != 1) throw py::value_error("dtype is 0 for float32 or 1 for float64");
     double flops = 0;

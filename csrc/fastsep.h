@@ -12,6 +12,16 @@
 // same layout (nchw, or nhwc for PyTorch's channels_last); depthwise_weight is [C*m, kernel_h, kernel_w] and
 // pointwise_weight is [K, C*m], both row-major whatever the layout of x.
 //
+// K = 0 stands for the depthwise half alone: y is t, [N, C*m, OH, OW], and `activation` must be the identity.
+//
+// The gradients, for g = dL/dy, with t without mid_act, u = mid_act(t), v = pointwise(u) + bias:
+//
+//   dv = g * act'(v)               d bias = sum of dv                d pointwise_weight[k, i] = sum of dv[k] * u[i]
+//   dt = (W' dv) * mid_act'(t)     d depthwise_bias = sum of dt      d depthwise_weight[i, r, s] = sum of dt[i] * x at
+//   (r, s) dx[c, iy, ix] = sum over the taps (r, s) and filters j that reach (iy, ix) of dt[c*m + j] * depthwise_weight
+//
+// Of the forward pass they need x alone: u is computed again, tile by tile.
+//
 // Nothing here allocates, prints, throws or aborts, and nothing knows of PyTorch.
 #pragma once
 
@@ -56,8 +66,8 @@ const char* describe(Status status);
 
 struct Problem {
   int64_t batch, channels, height, width;
-  int64_t out_channels;
-  int64_t multiplier;  // depthwise filters per input channel
+  int64_t out_channels;  // 0: the depthwise half alone
+  int64_t multiplier;    // depthwise filters per input channel
   int64_t kernel_h, kernel_w;
   int64_t stride_h, stride_w;
   int64_t dilation_h, dilation_w;
@@ -121,10 +131,36 @@ Status forward(const Problem& problem, Isa isa, const void* input, const void* p
 Status forward_unpacked(const Problem& problem, Isa isa, const void* input, const Weights& weights, void* output,
                         void* workspace, size_t workspace_size, const Executor& executor);
 
+// Whether an activation's derivative can be had from its value, so that nothing else need be kept.
+bool derivative_from_output(Activation activation);
+
+// dL/d each, in the shapes and layouts of what they belong to; null where not asked for.
+struct Gradients {
+  void* input;
+  void* depthwise_weight;
+  void* depthwise_bias;
+  void* pointwise_weight;
+  void* bias;
+};
+
+Status backward_workspace_bytes(const Problem& problem, Isa isa, int threads, const Gradients& gradients,
+                                size_t* bytes);
+
+// grad_output in the layout of y. `saved`, in the same layout, is y where derivative_from_output(activation), else v;
+// it is not read for the identity. weights.bias is not read. Gradients are written, not added to what is there. The
+// result is the same to the bit for every number of threads and every choice of gradients.
+Status backward(const Problem& problem, Isa isa, const void* input, const Weights& weights, const void* saved,
+                const void* grad_output, const Gradients& gradients, void* workspace, size_t workspace_size,
+                const Executor& executor);
+
 // The oracle: plain loops, sums in double. With `magnitude`, of absolute values throughout (activations left
 // out): the sum |a||b| that an error bound is made of.
 void reference_forward(const Problem& problem, const void* input, const Weights& weights, double* output,
                        bool magnitude);
+// The gradients, all of them and in double. With `magnitude`, of absolute values, each activation's derivative
+// taken for 1.
+void reference_backward(const Problem& problem, const void* input, const Weights& weights, const void* grad_output,
+                        const Gradients& gradients, bool magnitude);
 
 // Multiply-adds times two per second that one thread reaches with nothing but FMAs in registers, over about
 // `seconds`.

@@ -22,7 +22,7 @@ def set_num_threads(threads: int) -> None:
     """Size of the own pool; without effect while torch's is lent."""
 
 def last_isa() -> str:
-    """The instruction set that the calling thread's last forward ran on; empty before the first."""
+    """The instruction set that the calling thread's last call ran on; empty before the first."""
 
 # A problem is 20 integers, in this order:
 #   batch, channels, height, width, out_channels, multiplier,
@@ -30,6 +30,7 @@ def last_isa() -> str:
 #   pad_top, pad_bottom, pad_left, pad_right,
 #   dtype (0 float32, 1 float64), layout (0 NCHW, 1 channels-last), mid_activation, activation
 # `isa` is a name, or "" for the best. Addresses are integers, 0 for a bias that is not there.
+# With out_channels = 0 a problem is the depthwise half alone: no pointwise_weight, bias or activation.
 # All raise ValueError for a problem that csrc/fastsep.h's validate() refuses.
 
 def packed_bytes(problem: tuple[int, ...], isa: str) -> int: ...
@@ -57,6 +58,42 @@ def forward_packed(
     problem: tuple[int, ...], isa: str, input: int, packed: int, packed_size: int, output: int
 ) -> None:
     """Weights as pack() made them, at a multiple of 64. ValueError where made for another problem or ISA."""
+
+def backward(
+    problem: tuple[int, ...],
+    isa: str,
+    input: int,
+    depthwise_weight: int,
+    depthwise_bias: int,
+    pointwise_weight: int,
+    saved: int,
+    grad_output: int,
+    grad_input: int,
+    grad_depthwise_weight: int,
+    grad_depthwise_bias: int,
+    grad_pointwise_weight: int,
+    grad_bias: int,
+) -> None:
+    """Writes the gradients whose address is not 0. `saved` is the output where derivative_from_output(), else the
+    pointwise half's result before the activation; unused, perhaps 0, for the identity."""
+
+def derivative_from_output(activation: int) -> bool: ...
+def reference_backward(
+    problem: tuple[int, ...],
+    input: int,
+    depthwise_weight: int,
+    depthwise_bias: int,
+    pointwise_weight: int,
+    bias: int,
+    grad_output: int,
+    grad_input: int,
+    grad_depthwise_weight: int,
+    grad_depthwise_bias: int,
+    grad_pointwise_weight: int,
+    grad_bias: int,
+    magnitude: bool = False,
+) -> None:
+    """The double-precision oracle; the gradients are float64, and all of them are written."""
 
 def reference_forward(
     problem: tuple[int, ...],

@@ -1,7 +1,10 @@
-// Every activation, once, on the vector type.
+// Every activation and its derivative, once, on the vector type.
 //
 // identity, relu and relu6 are a clamp to [low, high], which the tiles apply to their accumulators. The others run
 // over the finished tile while it is in cache: next to an exponential, one more pass over L1 costs nothing.
+//
+// slope(g, z) is g times the derivative: z is the activation's value where derivative_from_output() says so
+// (fastsep.h; the parameter is called y then), else its argument x. Where a derivative jumps it takes PyTorch's side.
 #pragma once
 
 #include <math.h>
@@ -99,11 +102,30 @@ typename V::Reg complementary_error_f32(typename V::Reg z) {
   return V::mul(V::mul(sum, t), together<V>(e));
 }
 
+struct Relu {
+  template <class V>
+  static typename V::Reg slope(typename V::Reg g, typename V::Reg y) {
+    const auto zero = V::set1(0);
+    return V::where_at_most(y, zero, zero, g);
+  }
+};
+
+struct Relu6 {
+  template <class V>
+  static typename V::Reg slope(typename V::Reg g, typename V::Reg y) {
+    return V::where_at_most(V::set1(6), y, V::set1(0), Relu::slope<V>(g, y));
+  }
+};
+
 struct LeakyRelu {
   template <class V>
   static typename V::Reg apply(typename V::Reg x) {
     const auto zero = V::set1(0);
     return V::fma(V::min(zero, x), V::set1(typename V::T(0.01)), V::max(zero, x));
+  }
+  template <class V>
+  static typename V::Reg slope(typename V::Reg g, typename V::Reg y) {
+    return V::where_at_most(y, V::set1(0), V::mul(g, V::set1(typename V::T(0.01))), g);
   }
 };
 
@@ -111,6 +133,11 @@ struct Silu {
   template <class V>
   static typename V::Reg apply(typename V::Reg x) {
     return V::mul(x, sigmoid<V>(x));
+  }
+  template <class V>
+  static typename V::Reg slope(typename V::Reg g, typename V::Reg x) {  // s (1 + x (1 - s))
+    const auto one = V::set1(1), s = sigmoid<V>(x);
+    return V::mul(V::mul(g, s), V::fma(x, V::sub(one, s), one));
   }
 };
 
@@ -120,12 +147,24 @@ struct Hardsigmoid {  // clamp(x + 3, 0, 6) / 6
     const auto six = V::set1(6);
     return V::div(V::min(six, V::max(V::set1(0), V::add(x, V::set1(3)))), six);
   }
+  template <class V>
+  static typename V::Reg slope(typename V::Reg g, typename V::Reg x) {
+    const auto zero = V::set1(0);
+    const auto below = V::where_at_most(V::set1(3), x, zero, V::div(g, V::set1(6)));
+    return V::where_at_most(x, V::set1(-3), zero, below);
+  }
 };
 
 struct Hardswish {
   template <class V>
   static typename V::Reg apply(typename V::Reg x) {
     return V::mul(x, Hardsigmoid::apply<V>(x));
+  }
+  template <class V>
+  static typename V::Reg slope(typename V::Reg g, typename V::Reg x) {
+    const auto three = V::set1(3);
+    const auto between = V::mul(g, V::add(V::div(x, three), V::set1(typename V::T(0.5))));
+    return V::where_at_most(x, V::set1(-3), V::set1(0), V::where_at_most(three, x, g, between));
   }
 };
 
@@ -134,6 +173,10 @@ struct Sigmoid {
   static typename V::Reg apply(typename V::Reg x) {
     return sigmoid<V>(x);
   }
+  template <class V>
+  static typename V::Reg slope(typename V::Reg g, typename V::Reg y) {
+    return V::mul(V::mul(g, y), V::sub(V::set1(1), y));
+  }
 };
 
 struct Tanh {
@@ -141,28 +184,53 @@ struct Tanh {
   static typename V::Reg apply(typename V::Reg x) {
     return hyperbolic_tangent<V>(x);
   }
+  template <class V>
+  static typename V::Reg slope(typename V::Reg g, typename V::Reg y) {
+    return V::mul(g, V::sub(V::set1(1), V::mul(y, y)));
+  }
 };
 
 // x Phi(x) = max(x, 0) - |x| erfc(|x| / sqrt 2) / 2: no cancellation for negative x. |x| stops at 14, where the
-// second term is below the smallest normal float, so that infinity does not meet zero.
+// second term is below the smallest normal float, so that infinity does not meet zero. The derivative is
+// Phi(x) + x phi(x).
 struct Gelu {
   template <class V>
-  static typename V::Reg apply(typename V::Reg x) {
+  static typename V::Reg size_of(typename V::Reg x) {
     using T = typename V::T;
-    const T stop = sizeof(T) == 4 ? T(14) : T(38);
-    const auto zero = V::set1(0);
-    const auto size = V::min(V::set1(stop), V::max(x, V::sub(zero, x)));
-    const auto z = V::mul(size, V::set1(T(0.70710678118654752440)));
-    typename V::Reg tail;
+    return V::min(V::set1(sizeof(T) == 4 ? T(14) : T(38)), V::max(x, V::sub(V::set1(0), x)));
+  }
+
+  template <class V>
+  static typename V::Reg complementary_error(typename V::Reg z) {
+    using T = typename V::T;
     if constexpr (sizeof(T) == 4) {
-      tail = complementary_error_f32<V>(z);
+      return complementary_error_f32<V>(z);
     } else {
       T lanes[V::width];
       V::store(lanes, z);
       for (T& lane : lanes) lane = ::erfc(lane);
-      tail = V::load(lanes);
+      return V::load(lanes);
     }
-    return V::fma(V::mul(size, V::set1(T(-0.5))), tail, V::max(zero, x));
+  }
+
+  template <class V>
+  static typename V::Reg apply(typename V::Reg x) {
+    using T = typename V::T;
+    const auto size = size_of<V>(x);
+    const auto tail = complementary_error<V>(V::mul(size, V::set1(T(0.70710678118654752440))));
+    return V::fma(V::mul(size, V::set1(T(-0.5))), tail, V::max(V::set1(0), x));
+  }
+
+  template <class V>
+  static typename V::Reg slope(typename V::Reg g, typename V::Reg x) {
+    using T = typename V::T;
+    const auto size = size_of<V>(x), zero = V::set1(0);
+    const auto z = V::mul(size, V::set1(T(0.70710678118654752440)));
+    const auto half_tail = V::mul(V::set1(T(0.5)), complementary_error<V>(z));
+    const auto normal = V::where_at_most(x, zero, half_tail, V::sub(V::set1(1), half_tail));
+    const auto density =
+        V::mul(together<V>(exponential<V>(V::sub(zero, V::mul(z, z)))), V::set1(T(0.39894228040143267794)));
+    return V::mul(g, V::fma(x, density, normal));
   }
 };
 
@@ -175,7 +243,47 @@ struct GeluTanh {  // x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
     const auto half = V::mul(x, V::set1(T(0.5)));
     return V::fma(half, phi, half);
   }
+  // (1 + f)/2 + x/2 (1 - f^2) sqrt(2/pi) (1 + 3 0.044715 x^2), f the tanh
+  template <class V>
+  static typename V::Reg slope(typename V::Reg g, typename V::Reg x) {
+    using T = typename V::T;
+    const T root = T(0.79788456080286535588), cube = T(0.044715);
+    const auto one = V::set1(1), half = V::set1(T(0.5)), square = V::mul(x, x);
+    const auto inner = V::mul(V::mul(x, V::set1(root)), V::fma(square, V::set1(cube), one));
+    const auto f = hyperbolic_tangent<V>(inner);
+    const auto inner_slope = V::fma(square, V::set1(T(3) * cube * root), V::set1(root));
+    const auto rise = V::mul(V::mul(V::mul(half, x), inner_slope), V::sub(one, V::mul(f, f)));
+    return V::mul(g, V::fma(half, f, V::add(half, rise)));
+  }
 };
+
+template <class V, class F>
+FASTSEP_NOINLINE void slope_on_span(typename V::T* gradient, const typename V::T* z, int64_t count) {
+  for (; count >= V::width; count -= V::width, gradient += V::width, z += V::width)
+    V::store(gradient, F::template slope<V>(V::load(gradient), V::load(z)));
+  if (count > 0) {
+    const int n = static_cast<int>(count);
+    V::store_n(gradient, F::template slope<V>(V::load_n(gradient, n), V::load_n(z, n)), n);
+  }
+}
+
+// gradient[i] *= activation'(at z[i]); z as slope() takes it.
+template <class V>
+void multiply_by_slope(Activation activation, typename V::T* gradient, const typename V::T* z, int64_t count) {
+  switch (activation) {
+    case Activation::identity: return;
+    case Activation::relu: return slope_on_span<V, Relu>(gradient, z, count);
+    case Activation::relu6: return slope_on_span<V, Relu6>(gradient, z, count);
+    case Activation::leaky_relu: return slope_on_span<V, LeakyRelu>(gradient, z, count);
+    case Activation::silu: return slope_on_span<V, Silu>(gradient, z, count);
+    case Activation::hardswish: return slope_on_span<V, Hardswish>(gradient, z, count);
+    case Activation::hardsigmoid: return slope_on_span<V, Hardsigmoid>(gradient, z, count);
+    case Activation::sigmoid: return slope_on_span<V, Sigmoid>(gradient, z, count);
+    case Activation::tanh: return slope_on_span<V, Tanh>(gradient, z, count);
+    case Activation::gelu: return slope_on_span<V, Gelu>(gradient, z, count);
+    case Activation::gelu_tanh: return slope_on_span<V, GeluTanh>(gradient, z, count);
+  }
+}
 
 template <class V, class F>
 FASTSEP_NOINLINE void apply_to_span(typename V::T* data, int64_t count) {

@@ -16,22 +16,49 @@ namespace {
 
 // ---- channels-last ------------------------------------------------------------------------------------------------
 
-// Up to Run neighbouring output pixels of one row, all channels, one filter per channel.
+// Output pixels of one row, one filter per channel, on a plane of height x width pixels.
+//
+//   output[p][c] = clamp(start[p][c] + sum over r, s of plane[top + r*dilation_h][left + p*stride_w + s*dilation_w][c]
+//   *
+//                                                       weight[r][s][c])
+template <class T>
+struct ChannelsLastRow {
+  const T* plane;
+  int64_t height, width;
+  int64_t row_stride, pixel_stride;  // elements from one row or pixel of the plane to the next
+  int64_t channels;
+  int64_t taps_h, taps_w, stride_w, dilation_h, dilation_w;
+  int64_t top, left;
+  int64_t pixels;
+  const T* weight;  // tap t, channel c at weight[t * weight_stride + c], with whole vectors behind the last channel
+  int64_t weight_stride;
+  const T* start;  // a bias (stride 0), or what the output has already
+  int64_t start_stride;
+  Clamp<T> clamp;
+  T* output;  // pixel p, channel vector v at output + p * output_stride + v * output_vector_stride
+  int64_t output_stride, output_vector_stride;
+  bool whole_vectors;  // of the output may be written, also behind the last channel
+};
+
+// A part of such a row: up to Run neighbouring pixels, with the taps of rows inside the plane only.
 template <class T>
 struct ChannelsLastRun {
   const T* input;  // pixel (first valid input row, column of the first pixel's first tap); may lie left of the row
-  int64_t input_row_stride;  // elements from one tap's row to the next: dilation_h * W * C
-  int64_t channels;          // also the distance between neighbouring input pixels
-  int64_t column_begin;      // first column inside the plane, counted from `input`
-  int64_t column_end;        // one behind the last
-  int64_t taps_h, taps_w;    // taps_h: those inside the plane
+  int64_t input_row_stride;  // elements from one tap's row to the next
+  int64_t input_stride;      // and between neighbouring pixels
+  int64_t channels;
+  int64_t column_begin;    // first column inside the plane, counted from `input`
+  int64_t column_end;      // one behind the last
+  int64_t taps_h, taps_w;  // taps_h: those inside the plane
   int64_t stride_w, dilation_w;
   const T* weight;  // [taps_h][taps_w][weight_stride]
-  const T* bias;
   int64_t weight_stride;
+  const T* start;
+  int64_t start_stride;
   Clamp<T> clamp;
-  T* scratch;  // pixel p, channel vector v at scratch + v * scratch_stride + p * width
-  int64_t scratch_stride;
+  T* output;
+  int64_t output_stride, output_vector_stride;
+  bool whole_vectors;
   int pixels;
 };
 
@@ -44,9 +71,11 @@ FASTSEP_INLINE void channels_last_vector(const ChannelsLastRun<typename V::T>& r
   using T = typename V::T;
   using Reg = typename V::Reg;
   Reg acc[Run];
-  const Reg bias = V::load(run.bias + channel);
   FASTSEP_UNROLL
-  for (int p = 0; p < Run; ++p) acc[p] = bias;
+  for (int p = 0; p < Run; ++p) {
+    const int64_t pixel = Border && p >= run.pixels ? 0 : p;
+    acc[p] = V::load_n(run.start + channel + pixel * run.start_stride, lanes);
+  }
   const T* input_row = run.input + channel;
   const T* weight = run.weight + channel;
   const auto outside = [&](int64_t column) { return column < run.column_begin || column >= run.column_end; };
@@ -60,7 +89,7 @@ FASTSEP_INLINE void channels_last_vector(const ChannelsLastRun<typename V::T>& r
       FASTSEP_UNROLL
       for (int column = 0; column < columns; ++column) {
         if (Border && outside(column)) continue;
-        const Reg x = V::in_register(V::load_n(input_row + column * run.channels, lanes));
+        const Reg x = V::in_register(V::load_n(input_row + column * run.input_stride, lanes));
         FASTSEP_UNROLL
         for (int s = Taps - 1; s >= 0; --s) {
           const int offset = column - s;
@@ -75,17 +104,23 @@ FASTSEP_INLINE void channels_last_vector(const ChannelsLastRun<typename V::T>& r
         for (int p = 0; p < Run; ++p) {
           const int64_t column = p * run.stride_w + s * run.dilation_w;
           if (Border && (p >= run.pixels || outside(column))) continue;
-          acc[p] = V::fma(V::load_n(input_row + column * run.channels, lanes), w, acc[p]);
+          acc[p] = V::fma(V::load_n(input_row + column * run.input_stride, lanes), w, acc[p]);
         }
       }
     }
   }
 
   const Reg low = V::set1(run.clamp.low), high = V::set1(run.clamp.high);
-  T* scratch = run.scratch + channel / V::width * run.scratch_stride;
+  T* output = run.output + channel / V::width * run.output_vector_stride;
+  const int stored = run.whole_vectors ? V::width : static_cast<int>(lanes);
   FASTSEP_UNROLL
-  for (int p = 0; p < Run; ++p)
-    if (!Border || p < run.pixels) V::store(scratch + p * V::width, V::min(high, V::max(low, acc[p])));
+  for (int p = 0; p < Run; ++p) {
+    const Reg value = V::min(high, V::max(low, acc[p]));
+    if constexpr (!Border)
+      V::store(output + p * run.output_stride, value);
+    else if (p < run.pixels)
+      V::store_n(output + p * run.output_stride, value, stored);
+  }
 }
 
 template <class V, int Run, int Taps, int Stride>
@@ -116,6 +151,42 @@ void channels_last_depthwise(const ChannelsLastRun<typename V::T>& run) {
   }
   if (run.dilation_w == 1 && run.stride_w == 2 && run.taps_w == 3) return channels_last_run<V, Run, 3, 2>(run);
   channels_last_run<V, Run, 0, 0>(run);
+}
+
+template <class V, int Run>
+void channels_last_row(const ChannelsLastRow<typename V::T>& row) {
+  // The taps inside the plane: top + r * dilation_h from 0 to height - 1.
+  const int64_t first = row.top < 0 ? smaller((-row.top + row.dilation_h - 1) / row.dilation_h, row.taps_h) : 0;
+  const int64_t below = row.height - row.top;
+  const int64_t last = below <= 0 ? first : smaller(row.taps_h, (below + row.dilation_h - 1) / row.dilation_h);
+  ChannelsLastRun<typename V::T> run;
+  run.input_row_stride = row.dilation_h * row.row_stride;
+  run.input_stride = row.pixel_stride;
+  run.channels = row.channels;
+  run.taps_h = larger<int64_t>(0, last - first);
+  run.taps_w = row.taps_w;
+  run.stride_w = row.stride_w;
+  run.dilation_w = row.dilation_w;
+  run.weight = row.weight + first * row.taps_w * row.weight_stride;
+  run.weight_stride = row.weight_stride;
+  run.start_stride = row.start_stride;
+  run.clamp = row.clamp;
+  run.output_stride = row.output_stride;
+  run.output_vector_stride = row.output_vector_stride;
+  run.whole_vectors = row.whole_vectors;
+  const int64_t pieces = (row.pixels + Run - 1) / Run;
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t from = cut(row.pixels, pieces, piece), to = cut(row.pixels, pieces, piece + 1);
+    const int64_t left = row.left + from * row.stride_w;
+    const int64_t needed = (to - from - 1) * row.stride_w + (row.taps_w - 1) * row.dilation_w + 1;
+    run.pixels = static_cast<int>(to - from);
+    run.column_begin = larger<int64_t>(0, -left);
+    run.column_end = smaller(needed, row.width - left);
+    run.input = row.plane + (row.top + first * row.dilation_h) * row.row_stride + left * row.pixel_stride;
+    run.start = row.start + from * row.start_stride;
+    run.output = row.output + from * row.output_stride;
+    channels_last_depthwise<V, Run>(run);
+  }
 }
 
 // ---- NCHW ---------------------------------------------------------------------------------------------------------

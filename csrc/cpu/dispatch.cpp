@@ -84,6 +84,25 @@ Status forward_unpacked(const Problem& problem, Isa isa, const void* input, cons
   return Status::ok;
 }
 
+Status backward_workspace_bytes(const Problem& problem, Isa isa, int threads, const Gradients& gradients,
+                                size_t* bytes) {
+  const Kernel* kernel;
+  const Status status = select(isa, problem.dtype, &kernel);
+  if (status == Status::ok) *bytes = backward_size(problem, *kernel, gradients, threads);
+  return status;
+}
+
+Status backward(const Problem& problem, Isa isa, const void* input, const Weights& weights, const void* saved,
+                const void* grad_output, const Gradients& gradients, void* workspace, size_t workspace_size,
+                const Executor& executor) {
+  const Kernel* kernel;
+  const Status status = select(isa, problem.dtype, &kernel);
+  if (status != Status::ok) return status;
+  if (workspace_size < backward_size(problem, *kernel, gradients, executor.threads)) return Status::small_workspace;
+  run_backward(problem, *kernel, input, weights, saved, grad_output, gradients, workspace, executor);
+  return Status::ok;
+}
+
 Status fma_peak(Isa isa, Dtype dtype, double seconds, double* flops_per_second) {
   const Kernel* kernel;
   const Status status = select(isa, dtype, &kernel);

@@ -22,8 +22,9 @@ void share_out(int threads, ForwardPlan* plan) {
   // A tap costs about as much as two output channels do.
   const int64_t depthwise = 2 * p.kernel_h * p.kernel_w;
   double least_cost = 0;
-  for (int64_t panel_tiles = 1; panel_tiles <= least(plan->layout.panels, threads); panel_tiles *= 2) {
-    const int64_t channels = divide_up(plan->layout.panels, panel_tiles) * p.out_channels / plan->layout.panels;
+  const int64_t panels = most(1, plan->layout.panels);  // none in the depthwise half alone
+  for (int64_t panel_tiles = 1; panel_tiles <= least(panels, threads); panel_tiles *= 2) {
+    const int64_t channels = divide_up(panels, panel_tiles) * p.out_channels / panels;
     for (int64_t row_tiles = least_row_tiles; row_tiles <= most_row_tiles; ++row_tiles) {
       const int64_t turns = divide_up(per_row_tile * row_tiles * panel_tiles, threads);
       const int64_t rows = divide_up(plan->out_height, row_tiles);

@@ -23,4 +23,9 @@ size_t scratch_size(const Problem& problem, const Kernel& kernel, int threads);
 void run_forward(const Problem& problem, const Kernel& kernel, const void* input, const void* packed, void* output,
                  void* workspace, const Executor& executor);
 
+size_t backward_size(const Problem& problem, const Kernel& kernel, const Gradients& gradients, int threads);
+void run_backward(const Problem& problem, const Kernel& kernel, const void* input, const Weights& weights,
+                  const void* saved, const void* grad_output, const Gradients& gradients, void* workspace,
+                  const Executor& executor);
+
 }  // namespace fastsep

@@ -1,6 +1,7 @@
 // The kernel of one instruction set and dtype, put together from the tiles.
 #pragma once
 
+#include "backward.h"
 #include "forward_channels_last.h"
 #include "forward_planar.h"
 
@@ -61,6 +62,9 @@ FASTSEP_NOINLINE double fma_chain(int64_t rounds) {
       {isa_::Vec<element>::width, Shape::rows, Shape::columns, Shape::planar_rows, Shape::planar_columns, Shape::run}, \
       isa_::scratch_bytes<isa_::Vec<element>, Shape>,                                                                  \
       isa_::forward_tile<isa_::Vec<element>, Shape>,                                                                   \
+      isa_::backward_scratch_bytes<isa_::Vec<element>, Shape>,                                                         \
+      isa_::backward_work<isa_::Vec<element>, Shape>,                                                                  \
+      isa_::backward_finish<isa_::Vec<element>, Shape>,                                                                \
       isa_::transpose_any<isa_::Vec<element>>,                                                                         \
       isa_::fma_chain<isa_::Vec<element>>};
 

@@ -38,43 +38,43 @@ struct ForwardChannelsLast {
     return plan.problem.multiplier * plan.layout.padded_channels * Rows;
   }
 
+  // What every row of the problem's depthwise half has in common, for one of its filters.
+  static ChannelsLastRow<T> row_of(const ForwardPlan& plan, int64_t image, int64_t filter) {
+    const Problem& p = plan.problem;
+    ChannelsLastRow<T> row;
+    row.plane = static_cast<const T*>(plan.input) + image * p.height * p.width * p.channels;
+    row.height = p.height;
+    row.width = p.width;
+    row.row_stride = p.width * p.channels;
+    row.pixel_stride = row.channels = p.channels;
+    row.taps_h = p.kernel_h;
+    row.taps_w = p.kernel_w;
+    row.stride_w = p.stride_w;
+    row.dilation_h = p.dilation_h;
+    row.dilation_w = p.dilation_w;
+    row.weight = packed<T>(plan, plan.layout.depthwise_channels_last) +
+                 filter * p.kernel_h * p.kernel_w * plan.layout.padded_channels;
+    row.weight_stride = plan.layout.padded_channels;
+    row.start = packed<T>(plan, plan.layout.depthwise_bias) + filter * plan.layout.padded_channels;
+    row.start_stride = 0;
+    row.clamp = clamp_of<T>(p.mid_activation);
+    return row;
+  }
+
   // Depthwise for pixels [begin, end) of one output row, into a group at its pixel `slot`.
   static void depthwise_row(const ForwardPlan& plan, int64_t image, int64_t out_row, int64_t begin, int64_t end,
                             T* group, int64_t slot) {
     const Problem& p = plan.problem;
-    const int64_t taps = p.kernel_h * p.kernel_w;
-    const int64_t top = out_row * p.stride_h - p.pad_top;
-    const int64_t first_tap = top < 0 ? smaller((-top + p.dilation_h - 1) / p.dilation_h, p.kernel_h) : 0;
-    const int64_t below = p.height - top;  // rows from the first tap's to the end of the plane
-    const int64_t last_tap = below <= 0 ? first_tap : smaller(p.kernel_h, (below + p.dilation_h - 1) / p.dilation_h);
-    ChannelsLastRun<T> run;
-    run.channels = p.channels;
-    run.input_row_stride = p.dilation_h * p.width * p.channels;
-    run.taps_h = larger<int64_t>(0, last_tap - first_tap);
-    run.taps_w = p.kernel_w;
-    run.stride_w = p.stride_w;
-    run.dilation_w = p.dilation_w;
-    run.weight_stride = plan.layout.padded_channels;
-    run.clamp = clamp_of<T>(p.mid_activation);
-    run.scratch_stride = Rows * V::width;
-    const T* plane = static_cast<const T*>(plan.input) + image * p.height * p.width * p.channels;
-
-    const int64_t pieces = (end - begin + Run - 1) / Run;
-    for (int64_t piece = 0; piece < pieces; ++piece) {
-      const int64_t from = begin + cut(end - begin, pieces, piece), to = begin + cut(end - begin, pieces, piece + 1);
-      const int64_t left = from * p.stride_w - p.pad_left;
-      const int64_t needed = (to - from - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1;
-      run.pixels = static_cast<int>(to - from);
-      run.column_begin = larger<int64_t>(0, -left);
-      run.column_end = smaller(needed, p.width - left);
-      run.input = plane + ((top + first_tap * p.dilation_h) * p.width + left) * p.channels;
-      for (int64_t filter = 0; filter < p.multiplier; ++filter) {
-        run.weight = packed<T>(plan, plan.layout.depthwise_channels_last) +
-                     (filter * taps + first_tap * p.kernel_w) * plan.layout.padded_channels;
-        run.bias = packed<T>(plan, plan.layout.depthwise_bias) + filter * plan.layout.padded_channels;
-        run.scratch = group + filter * plan.layout.padded_channels * Rows + (slot + from - begin) * V::width;
-        channels_last_depthwise<V, Run>(run);
-      }
+    for (int64_t filter = 0; filter < p.multiplier; ++filter) {
+      ChannelsLastRow<T> row = row_of(plan, image, filter);
+      row.top = out_row * p.stride_h - p.pad_top;
+      row.left = begin * p.stride_w - p.pad_left;
+      row.pixels = end - begin;
+      row.output = group + filter * plan.layout.padded_channels * Rows + slot * V::width;
+      row.output_stride = V::width;
+      row.output_vector_stride = Rows * V::width;
+      row.whole_vectors = true;
+      channels_last_row<V, Run>(row);
     }
   }
 
@@ -96,7 +96,33 @@ struct ForwardChannelsLast {
     if (!is_clamp(plan.problem.mid_activation)) activate<V>(plan.problem.mid_activation, scratch, group - scratch);
   }
 
+  // The depthwise half alone, straight into the output; the filters of a multiplier lie between each other there.
+  static void run_depthwise(const ForwardPlan& plan, const Tile& tile, T* scratch) {
+    const Problem& p = plan.problem;
+    const int64_t columns = tile.column_end - tile.column_begin, depth = p.channels * p.multiplier;
+    for (int64_t oy = tile.row_begin; oy < tile.row_end; ++oy) {
+      T* const output = static_cast<T*>(plan.output) +
+                        ((tile.image * plan.out_height + oy) * plan.out_width + tile.column_begin) * depth;
+      T* const filtered = p.multiplier == 1 ? output : scratch;
+      for (int64_t filter = 0; filter < p.multiplier; ++filter) {
+        ChannelsLastRow<T> row = row_of(plan, tile.image, filter);
+        row.top = oy * p.stride_h - p.pad_top;
+        row.left = tile.column_begin * p.stride_w - p.pad_left;
+        row.pixels = columns;
+        row.output = filtered;
+        row.output_stride = p.channels;
+        row.output_vector_stride = V::width;
+        row.whole_vectors = false;
+        channels_last_row<V, Run>(row);
+        if (p.multiplier > 1)
+          for (int64_t i = 0; i < columns * p.channels; ++i) output[i * p.multiplier + filter] = filtered[i];
+      }
+      if (!is_clamp(p.mid_activation)) activate<V>(p.mid_activation, output, columns * depth);
+    }
+  }
+
   static void run(const ForwardPlan& plan, const Tile& tile, T* scratch) {
+    if (plan.problem.out_channels == 0) return run_depthwise(plan, tile, scratch);
     const Problem& p = plan.problem;
     const int64_t columns = tile.column_end - tile.column_begin, elements = group_elements(plan);
     const Groups groups = groups_of(plan, tile.row_end - tile.row_begin, columns);
@@ -109,14 +135,15 @@ struct ForwardChannelsLast {
     product.a_block_stride = Rows * V::width;
     product.a_stride = 1;
     product.b_stride = panel;
-    product.bias_along_rows = false;
+    product.start_stride = 0;
+    product.start_along_rows = false;
     product.clamp = clamp_of<T>(p.activation);
     product.c_stride = p.out_channels;
     T* image = static_cast<T*>(plan.output) + tile.image * plan.out_height * plan.out_width * p.out_channels;
     // A panel of weights stays in cache for all pixels of the tile.
     for (int64_t k = tile.panel_begin; k < tile.panel_end; ++k) {
       product.b = packed<T>(plan, plan.layout.pointwise) + k * p.multiplier * p.channels * panel;
-      product.bias = packed<T>(plan, plan.layout.bias) + k * panel;
+      product.start = packed<T>(plan, plan.layout.bias) + k * panel;
       product.column_count = smaller<int64_t>(panel, p.out_channels - k * panel);
       const int64_t registers = (product.column_count + V::width - 1) / V::width;
       product.a = scratch;
@@ -135,6 +162,7 @@ struct ForwardChannelsLast {
   }
 
   static int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
+    if (plan.problem.out_channels == 0) return columns * plan.problem.channels * int64_t(sizeof(T));
     const Groups groups = groups_of(plan, rows, columns);
     return groups.runs * groups.per_run * group_elements(plan) * int64_t(sizeof(T));
   }

@@ -8,6 +8,8 @@
 // transposed when stored. Both read the same packed weights and add in the same order.
 #pragma once
 
+#include <string.h>
+
 #include "depthwise.h"
 #include "kernel.h"
 #include "pointwise.h"
@@ -57,7 +59,8 @@ struct ForwardPlanar {
     layout.reached = columns + (p.kernel_w - 1) * p.dilation_w / p.stride_w;
     layout.phase_length = round_up(layout.reached, V::width) + V::width;
     layout.runs = 0;
-    layout.input = layout.runs + p.multiplier * p.channels * layout.stride;
+    // The depthwise half alone keeps one channel at a time.
+    layout.input = layout.runs + (p.out_channels > 0 ? p.multiplier * p.channels : 1) * layout.stride;
     // One row more than the copies: the zeros.
     layout.row_pointers = layout.input + (layout.copies + 1) * layout.phases * layout.phase_length;
     layout.sources = layout.row_pointers + round_up(layout.copies * pointer, 64);
@@ -157,14 +160,24 @@ struct ForwardPlanar {
         const int64_t i = filter * p.channels + c;
         channel.weight = packed<T>(plan, plan.layout.depthwise_planar) + i * taps;
         channel.bias = packed<T>(plan, plan.layout.depthwise_bias)[filter * plan.layout.padded_channels + c];
-        channel.output = scratch + layout.runs + i * layout.stride;
+        channel.output = scratch + layout.runs + (p.out_channels > 0 ? i * layout.stride : 0);
         if (all_finite(channel.weight, taps))
           planar_depthwise<V>(channel);
         else
           planar_depthwise_inside(channel, zeros, left, p.width, p.stride_w, p.dilation_w);
         if (!is_clamp(p.mid_activation)) activate<V>(p.mid_activation, channel.output, rows * columns);
+        if (p.out_channels == 0) store_depthwise(plan, tile, c * p.multiplier + filter, channel.output);
       }
     }
+  }
+
+  // One finished channel of the depthwise half alone. The rows are whole, or there is but one.
+  static void store_depthwise(const ForwardPlan& plan, const Tile& tile, int64_t channel, const T* values) {
+    const int64_t pixels = (tile.row_end - tile.row_begin) * (tile.column_end - tile.column_begin);
+    const int64_t depth = plan.problem.channels * plan.problem.multiplier;
+    T* const plane = static_cast<T*>(plan.output) + (tile.image * depth + channel) * plan.out_height * plan.out_width;
+    memcpy(plane + tile.row_begin * plan.out_width + tile.column_begin, values,
+           static_cast<size_t>(pixels) * sizeof(T));
   }
 
   static void run(const ForwardPlan& plan, const Tile& tile, T* scratch) {
@@ -173,6 +186,7 @@ struct ForwardPlanar {
     const int64_t pixels = rows * columns, plane = plan.out_height * plan.out_width;
     const Layout layout = layout_of(plan, rows, columns);
     depthwise_tile(plan, tile, layout, scratch);
+    if (p.out_channels == 0) return;
 
     const int64_t depth = p.multiplier * p.channels;
     const int64_t vectors = (pixels + V::width - 1) / V::width;
@@ -203,7 +217,8 @@ struct ForwardPlanar {
                                const T* bias, int64_t pixels, int64_t channels, T* output, int64_t plane) {
     product.a_stride = panel;
     product.b_stride = layout.stride;
-    product.bias_along_rows = true;
+    product.start_stride = 0;
+    product.start_along_rows = true;
     product.c_stride = plane;
     const int64_t vectors = (pixels + V::width - 1) / V::width;
     const int64_t column_tiles = (vectors + PlanarColumns - 1) / PlanarColumns;
@@ -215,7 +230,7 @@ struct ForwardPlanar {
       for (int64_t i = 0; i < row_tiles; ++i) {
         const int64_t row = cut(channels, row_tiles, i);
         product.a = weights + row;
-        product.bias = bias + row;
+        product.start = bias + row;
         product.c = output + row * plane + first * V::width;
         multiply<V, PlanarRows, PlanarColumns, 1>(product, cut(channels, row_tiles, i + 1) - row, registers);
       }
@@ -228,8 +243,9 @@ struct ForwardPlanar {
     product.a_stride = layout.stride;
     product.b = weights;
     product.b_stride = panel;
-    product.bias = bias;
-    product.bias_along_rows = false;
+    product.start = bias;
+    product.start_stride = 0;
+    product.start_along_rows = false;
     product.c = tile;
     product.c_stride = panel;
     product.column_count = panel;

@@ -52,6 +52,53 @@ struct Tile {
   int64_t panel_begin, panel_end;
 };
 
+// The packed weights of the backward pass, channels numbered and padded as in PackedLayout.
+//
+//   depthwise       [m][kh*kw][padded C]    as channels-last reads them in the forward pass
+//   depthwise_bias  [m][padded C]
+//   reversed        [m][kh*kw][padded C]    taps in the order of ReversedTaps
+//   pointwise       [panels][m][K][panel]   a panel of channels side by side, zeros in the last
+//   zeros           [panel]
+//
+// and the partial sums of one part of the pixels, all with whole panels:
+//
+//   pointwise_sums  [panels][m][K][panel]
+//   depthwise_sums  [panels][m][kh*kw][panel]
+//   depthwise_bias_sums  [panels][m][panel]
+//   bias_sums       [padded K]
+struct BackwardLayout {
+  int64_t padded_channels;
+  int64_t panel, panels;  // of input channels
+  int64_t depthwise, depthwise_bias, reversed, pointwise, zeros, elements;
+  int64_t pointwise_sums, depthwise_sums, depthwise_bias_sums, bias_sums, sums_elements;
+};
+
+struct BackwardPlan {
+  Problem problem;
+  int64_t out_height, out_width;
+  const void* input;
+  const void* saved;
+  const void* grad_output;
+  Gradients gradients;
+  bool mid_from_output;  // derivative_from_output(mid_activation)
+  bool need_inner;       // whether dt is wanted: for the gradients of the input or the depthwise half
+  BackwardLayout layout;
+  const void* packed;
+  void* sums;  // [parts][layout.sums_elements]
+  // All output rows of the batch are cut into `parts`, each with partial sums of its own; the parts of one image into
+  // bands of at most band_rows rows, the pixels worked on at a time. Neither depends on the number of threads.
+  int64_t parts, band_rows;
+  // How many rows of dt above a band the input's gradient reaches.
+  int64_t halo;
+  int64_t scratch_bytes;  // of one thread
+};
+
+// One thread's work: consecutive parts, and some panels of input channels.
+struct BackwardWork {
+  int64_t part_begin, part_end;
+  int64_t panel_begin, panel_end;
+};
+
 struct Kernel {
   const char* name;
   Isa isa;
@@ -60,6 +107,12 @@ struct Kernel {
   // Scratch that forward_tile needs for a tile of at most rows x columns pixels, in bytes.
   int64_t (*scratch_bytes)(const ForwardPlan& plan, int64_t rows, int64_t columns);
   void (*forward_tile)(const ForwardPlan& plan, const Tile& tile, void* scratch);
+  // Scratch for backward_work() with that many panels, in bytes.
+  int64_t (*backward_scratch_bytes)(const BackwardPlan& plan, int64_t panels);
+  // The input's gradient, and the sums of the parts.
+  void (*backward_work)(const BackwardPlan& plan, const BackwardWork& work, void* scratch);
+  // The sums of all parts, added up, to the gradients of the weights of one panel.
+  void (*backward_finish)(const BackwardPlan& plan, int64_t panel);
   // to[i * to_stride + k] = from[k * from_stride + i] for k < rows, i < columns.
   void (*transpose)(const void* from, int64_t rows, int64_t columns, int64_t from_stride, void* to, int64_t to_stride);
   // Runs FMAs on registers alone; returns how many floating-point operations that were.
@@ -73,10 +126,46 @@ struct Kernel {
 namespace {  // a copy for each file, see vector.h
 
 // A part of the packed weights.
-template <class T>
-inline const T* packed(const ForwardPlan& plan, int64_t offset) {
+template <class T, class Plan>
+inline const T* packed(const Plan& plan, int64_t offset) {
   return static_cast<const T*>(plan.packed) + offset;
 }
+
+// The taps of one axis in classes: an input position p (counted from the padding's begin) is reached by tap r of the
+// output at o if o*stride + r*dilation = p. The taps that reach one p are alike modulo stride / gcd(stride, dilation);
+// class q are those with r = q modulo that. Inside a class they stand in reverse, so that o grows.
+struct ReversedTaps {
+  int64_t kernel, stride, dilation, divisor;
+
+  ReversedTaps() = default;
+  ReversedTaps(int64_t taps, int64_t stride_of_taps, int64_t dilation_of_taps)
+      : kernel(taps), stride(stride_of_taps), dilation(dilation_of_taps), divisor(stride_of_taps) {
+    for (int64_t b = dilation; b != 0;) {
+      const int64_t rest = divisor % b;
+      divisor = b;
+      b = rest;
+    }
+  }
+  int64_t step() const { return stride / divisor; }
+  // Between the outputs that neighbouring taps of a class reach p from.
+  int64_t output_dilation() const { return dilation / divisor; }
+  // The class that reaches p; `kernel` where no tap does.
+  int64_t class_of(int64_t p) const {
+    for (int64_t q = 0; q < step() && q < kernel; ++q)
+      if ((p - q * dilation) % stride == 0) return q;
+    return kernel;
+  }
+  int64_t count(int64_t q) const { return q < kernel ? (kernel - q + step() - 1) / step() : 0; }
+  // Taps in the classes before q.
+  int64_t before(int64_t q) const {
+    const int64_t rest = kernel % step();
+    return q < kernel ? q * (kernel / step()) + (q < rest ? q : rest) : 0;
+  }
+  // The output that the first tap of the class, the largest, reaches p from.
+  int64_t first(int64_t q, int64_t p) const {
+    return q < kernel ? (p - q * dilation) / stride - (count(q) - 1) * output_dilation() : 0;
+  }
+};
 
 }  // namespace
 

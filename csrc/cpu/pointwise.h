@@ -1,9 +1,9 @@
 // The matrix product, once, on the vector type: one register tile of
 //
-//   C[i][j] = clamp(bias + sum over k of A[i][k] * B[k][j]),   i < Rows, j < Columns * width
+//   C[i][j] = clamp(start + sum over k of A[i][k] * B[k][j]),   i < Rows, j < Columns * width
 //
-// A is broadcast one element at a time, B is loaded in vectors, C has contiguous rows. The three products of the
-// forward pass are this one with other strides (forward.h).
+// A is broadcast one element at a time, B is loaded in vectors, C has contiguous rows. The products of the
+// forward and the backward pass are this one with other strides.
 #pragma once
 
 #include "activation.h"
@@ -24,9 +24,11 @@ struct Product {
   // B[k][j] at b[k * b_stride + j]
   const T* b;
   int64_t b_stride;
-  // bias[j], or bias[i] where the output channels are rows
-  const T* bias;
-  bool bias_along_rows;
+  // What the sums begin with: start[i * start_stride + j], a bias along the columns (stride 0), zeros, or what C holds;
+  // or start[i] in every column, a bias along the rows.
+  const T* start;
+  int64_t start_stride;
+  bool start_along_rows;
   Clamp<T> clamp;
   // C[i][j] at c[i * c_stride + j], j < column_count
   T* c;
@@ -43,7 +45,8 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
   for (int i = 0; i < Rows; ++i) {
     FASTSEP_UNROLL
     for (int j = 0; j < Columns; ++j)
-      acc[i][j] = product.bias_along_rows ? V::set1(product.bias[i]) : V::load(product.bias + j * V::width);
+      acc[i][j] = product.start_along_rows ? V::set1(product.start[i])
+                                           : V::load(product.start + i * product.start_stride + j * V::width);
   }
 
   const T* b = product.b;

@@ -49,10 +49,10 @@ const char* describe(Status status) {
   switch (status) {
     case Status::ok: return "ok";
     case Status::bad_size:
-      return "sizes, stride, dilation and multiplier must be at least 1, batch and padding at least 0";
+      return "sizes, stride, dilation and multiplier must be at least 1, batch, output channels and padding at least 0";
     case Status::empty_output: return "the dilated kernel is larger than the padded input, so there is no output";
     case Status::overflow: return "a product of sizes does not fit in 64 bits";
-    case Status::bad_enum: return "unknown dtype, layout or activation number";
+    case Status::bad_enum: return "unknown dtype, layout or activation number, or one behind an absent pointwise half";
     case Status::unsupported_isa: return "the instruction set is not compiled in or not supported by this processor";
     case Status::small_workspace: return "the workspace is smaller than workspace_bytes() asks for";
     case Status::bad_packed: return "the packed weights were made for another problem or instruction set";
@@ -68,16 +68,35 @@ int64_t out_width(const Problem& p) {
   return out_size(p.width, p.pad_left, p.pad_right, p.kernel_w, p.dilation_w, p.stride_w);
 }
 
+bool derivative_from_output(Activation activation) {
+  switch (activation) {
+    case Activation::identity:
+    case Activation::relu:
+    case Activation::relu6:
+    case Activation::leaky_relu:
+    case Activation::sigmoid:
+    case Activation::tanh: return true;
+    // hardsigmoid rounds to 1 a little below its corner; the others take a value twice.
+    case Activation::silu:
+    case Activation::hardswish:
+    case Activation::hardsigmoid:
+    case Activation::gelu:
+    case Activation::gelu_tanh: return false;
+  }
+  return false;
+}
+
 Status validate(const Problem& p) {
   const auto in_range = [](int32_t value, int32_t count) { return value >= 0 && value < count; };
   if (!in_range(static_cast<int32_t>(p.dtype), 2) || !in_range(static_cast<int32_t>(p.layout), 2) ||
       !in_range(static_cast<int32_t>(p.mid_activation), activation_count) ||
       !in_range(static_cast<int32_t>(p.activation), activation_count))
     return Status::bad_enum;
-  for (int64_t size : {p.channels, p.height, p.width, p.out_channels, p.multiplier, p.kernel_h, p.kernel_w, p.stride_h,
-                       p.stride_w, p.dilation_h, p.dilation_w})
+  if (p.out_channels == 0 && p.activation != Activation::identity) return Status::bad_enum;
+  for (int64_t size : {p.channels, p.height, p.width, p.multiplier, p.kernel_h, p.kernel_w, p.stride_h, p.stride_w,
+                       p.dilation_h, p.dilation_w})
     if (size < 1) return Status::bad_size;
-  for (int64_t size : {p.batch, p.pad_top, p.pad_bottom, p.pad_left, p.pad_right})
+  for (int64_t size : {p.batch, p.out_channels, p.pad_top, p.pad_bottom, p.pad_left, p.pad_right})
     if (size < 0) return Status::bad_size;
   if (axis_overflows(p.height, p.pad_top, p.pad_bottom, p.kernel_h, p.dilation_h, p.stride_h) ||
       axis_overflows(p.width, p.pad_left, p.pad_right, p.kernel_w, p.dilation_w, p.stride_w))
@@ -91,12 +110,14 @@ Status validate(const Problem& p) {
   const int64_t padded_channels = p.channels + 64, padded_out_channels = p.out_channels + 64;
   const Checked input = Checked(batch).times(p.channels).times(p.height).times(p.width);
   const Checked output = Checked(batch).times(p.out_channels).times(oh).times(ow);
-  const Checked depthwise = Checked(padded_channels).times(p.multiplier).times(p.kernel_h).times(p.kernel_w);
-  const Checked pointwise = Checked(padded_out_channels).times(p.multiplier).times(p.channels);
+  const Checked inner = Checked(batch).times(p.channels).times(p.multiplier).times(oh).times(ow);
+  // The backward pass keeps up to 32 partial sums of each weight.
+  const Checked depthwise = Checked(padded_channels).times(p.multiplier).times(p.kernel_h).times(p.kernel_w).times(32);
+  const Checked pointwise = Checked(padded_out_channels).times(p.multiplier).times(padded_channels).times(32);
   // The largest scratch: the depthwise output of a whole image, or the copied rows of a plane.
   const Checked tile = Checked(oh).times(ow).plus(4096).times(p.multiplier).times(padded_channels);
   const Checked copies = Checked(oh).plus(64).times(p.stride_h).plus(reach_h).times(ow + 64 + reach_w);
-  for (const Checked& product : {input, output, depthwise, pointwise, tile, copies})
+  for (const Checked& product : {input, output, inner, depthwise, pointwise, tile, copies})
     if (product.overflow()) return Status::overflow;
   return Status::ok;
 }

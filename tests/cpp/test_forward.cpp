@@ -6,36 +6,15 @@
 #include <cmath>
 #include <cstring>
 #include <iostream>
-#include <limits>
-#include <random>
 #include <vector>
 
-#include "cases.h"
-#include "cpu/kernel.h"
 #include "cpu/parallel.h"
-#include "guarded.h"
+#include "harness.h"
 
 namespace fastsep_tests {
 namespace {
 
 using namespace fastsep;
-
-int failures = 0;
-int checks = 0;
-
-const Kernel* const kernels[] = {
-#define FASTSEP_KERNEL(isa, dtype) &separable_##dtype##_##isa,
-#include "cpu/kernels.inc"
-#undef FASTSEP_KERNEL
-};
-
-void expect(bool good, const Kernel& kernel, const Case& c, const Problem& p, const std::string& what) {
-  ++checks;
-  if (good) return;
-  ++failures;
-  std::cerr << "FAILED " << kernel.name << (p.layout == Layout::nhwc ? " nhwc" : " nchw") << ": " << what << "\n  "
-            << c.line << "\n";
-}
 
 template <class T>
 struct Run {
@@ -44,24 +23,10 @@ struct Run {
   Problem p;
   bool integers;
   Tight tight;
-  std::mt19937 random{20240607};
+  Numbers<T> numbers{integers, tight};
 
-  int64_t output_size() const { return p.batch * p.out_channels * out_height(p) * out_width(p); }
-
-  Guarded numbers(int64_t count) {
-    Guarded memory(static_cast<size_t>(count) * sizeof(T), tight, sizeof(T));
-    std::uniform_int_distribution<int> whole(-2, 2);
-    std::uniform_real_distribution<double> real(-1, 1);
-    for (int64_t i = 0; i < count; ++i) memory.as<T>()[i] = static_cast<T>(integers ? whole(random) : real(random));
-    return memory;
-  }
-
-  Guarded fresh_output() const {
-    const int64_t count = output_size();
-    Guarded memory(static_cast<size_t>(count) * sizeof(T), tight, sizeof(T));
-    for (int64_t i = 0; i < count; ++i) memory.as<T>()[i] = std::numeric_limits<T>::quiet_NaN();
-    return memory;
-  }
+  int64_t channels() const { return p.out_channels > 0 ? p.out_channels : p.channels * p.multiplier; }
+  int64_t output_size() const { return p.batch * channels() * out_height(p) * out_width(p); }
 
   bool forward_on(int threads, const void* input, const Weights& weights, const void* packed, size_t packed_size,
                   void* output) const {
@@ -95,19 +60,20 @@ struct Run {
 
   void all() {
     const int64_t depth = p.channels * p.multiplier;
-    const Guarded input = numbers(p.batch * p.channels * p.height * p.width);
-    const Guarded depthwise_weight = numbers(depth * p.kernel_h * p.kernel_w), depthwise_bias = numbers(depth);
-    const Guarded pointwise_weight = numbers(p.out_channels * depth), bias = numbers(p.out_channels);
+    const Guarded input = numbers.drawn(p.batch * p.channels * p.height * p.width);
+    const Guarded depthwise_weight = numbers.drawn(depth * p.kernel_h * p.kernel_w),
+                  depthwise_bias = numbers.drawn(depth);
+    const Guarded pointwise_weight = numbers.drawn(p.out_channels * depth), bias = numbers.drawn(p.out_channels);
     const Weights weights = {depthwise_weight.as(), c.depthwise_bias ? depthwise_bias.as() : nullptr,
                              pointwise_weight.as(), c.bias ? bias.as() : nullptr};
     std::vector<double> oracle(static_cast<size_t>(output_size())), magnitude(oracle.size());
     reference_forward(p, input.as(), weights, oracle.data(), false);
     reference_forward(p, input.as(), weights, magnitude.data(), true);
 
-    const Guarded output = fresh_output();
+    const Guarded output = numbers.unwritten(output_size());
     expect(forward_on(1, input.as(), weights, nullptr, 0, output.as()), kernel, c, p, "forward_unpacked refused");
     compare_with_oracle(output.as<T>(), oracle, magnitude);
-    if (!integers) return;
+    if (integers) return;  // whose sums are exact in any order
 
     size_t packed_size = 0;
     expect(packed_bytes(p, kernel.isa, &packed_size) == Status::ok, kernel, c, p, "packed_bytes refused");
@@ -115,7 +81,7 @@ struct Run {
     expect(pack(p, kernel.isa, weights, packed.as(), packed_size, Executor()) == Status::ok, kernel, c, p,
            "pack refused");
     for (int threads : {1, 2, 3, 7}) {
-      const Guarded again = fresh_output();
+      const Guarded again = numbers.unwritten(output_size());
       const bool use_packed = threads != 3;
       expect(forward_on(threads, input.as(), weights, use_packed ? packed.as() : nullptr, packed_size, again.as()),
              kernel, c, p, "forward refused");
@@ -125,33 +91,20 @@ struct Run {
   }
 };
 
-// exp and its kin make no integers; these two do.
-Problem with_integer_activations(Problem p) {
-  const auto exact = [](Activation a) {
-    return a == Activation::identity || a == Activation::relu || a == Activation::relu6;
-  };
-  if (!exact(p.mid_activation)) p.mid_activation = Activation::relu6;
-  if (!exact(p.activation)) p.activation = Activation::identity;
-  return p;
-}
-
-template <class T>
-void run_case(const Kernel& kernel, const Case& c, Layout layout) {
-  Problem p = c.problem;
-  p.dtype = kernel.dtype;
-  p.layout = layout;
-  const Status status = validate(p);
-  expect(status == Status::ok, kernel, c, p, std::string("validate: ") + describe(status));
-  if (status != Status::ok) return;
-  Run<T>{kernel, c, with_integer_activations(p), true, Tight::end}.all();
-  Run<T>{kernel, c, p, false, Tight::begin}.all();
-}
-
 void refused(const char* what, Status wanted, const Problem& p) {
-  ++checks;
+  ++tally.checks;
   if (validate(p) == wanted) return;
-  ++failures;
+  ++tally.failures;
   std::cerr << "FAILED validate: " << what << " gave \"" << describe(validate(p)) << "\"\n";
+}
+
+}  // namespace
+
+void test_forward(const Kernel& kernel, const Case& c, const Problem& p, bool integers, Tight tight) {
+  if (p.dtype == Dtype::f32)
+    Run<float>{kernel, c, p, integers, tight}.all();
+  else
+    Run<double>{kernel, c, p, integers, tight}.all();
 }
 
 void test_validate(Problem good) {
@@ -161,13 +114,15 @@ void test_validate(Problem good) {
     return p;
   };
   refused("a good problem", Status::ok, good);
-  for (auto field : {&Problem::channels, &Problem::height, &Problem::width, &Problem::out_channels,
-                     &Problem::multiplier, &Problem::kernel_h, &Problem::kernel_w, &Problem::stride_h,
-                     &Problem::stride_w, &Problem::dilation_h, &Problem::dilation_w}) {
+  for (auto field :
+       {&Problem::channels, &Problem::height, &Problem::width, &Problem::multiplier, &Problem::kernel_h,
+        &Problem::kernel_w, &Problem::stride_h, &Problem::stride_w, &Problem::dilation_h, &Problem::dilation_w}) {
     refused("zero", Status::bad_size, with(field, 0));
     refused("negative", Status::bad_size, with(field, -1));
   }
-  for (auto field : {&Problem::batch, &Problem::pad_top, &Problem::pad_bottom, &Problem::pad_left, &Problem::pad_right})
+  refused("no output channels: the depthwise half alone", Status::ok, with(&Problem::out_channels, 0));
+  for (auto field : {&Problem::batch, &Problem::out_channels, &Problem::pad_top, &Problem::pad_bottom,
+                     &Problem::pad_left, &Problem::pad_right})
     refused("negative", Status::bad_size, with(field, -1));
   for (auto field : {&Problem::batch, &Problem::channels, &Problem::height, &Problem::width, &Problem::out_channels,
                      &Problem::multiplier, &Problem::kernel_h, &Problem::dilation_h, &Problem::stride_h,
@@ -181,40 +136,4 @@ void test_validate(Problem good) {
   refused("an unknown activation", Status::bad_enum, p);
 }
 
-int run(const std::string& path) {
-  const std::vector<Case> cases = read_cases(path);
-  for (const Kernel* kernel : kernels) {
-    if (!isa_available(kernel->isa)) {
-      std::cout << kernel->name << ": not on this processor\n";
-      continue;
-    }
-    const int before = checks;
-    for (const Case& c : cases) {
-      for (Layout layout : {Layout::nchw, Layout::nhwc}) {
-        if (kernel->dtype == Dtype::f32)
-          run_case<float>(*kernel, c, layout);
-        else
-          run_case<double>(*kernel, c, layout);
-      }
-    }
-    std::cout << kernel->name << ": " << cases.size() << " cases, " << checks - before << " checks\n";
-  }
-  for (const Case& c : cases)
-    if (c.problem.batch > 0 && c.problem.pad_top < c.problem.height) {
-      test_validate(c.problem);
-      break;
-    }
-  std::cout << checks - failures << " passed, " << failures << " failed\n";
-  return failures == 0 ? 0 : 1;
-}
-
-}  // namespace
 }  // namespace fastsep_tests
-
-int main(int argc, char** argv) {
-  if (argc != 2) {
-    std::cerr << "usage: fastsep_tests cases.txt\n";
-    return 2;
-  }
-  return fastsep_tests::run(argv[1]);
-}

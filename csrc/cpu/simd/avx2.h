@@ -41,6 +41,9 @@ struct Vec<float> {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm256_max_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm256_min_ps(a, b); }
+  static Reg where_at_most(Reg a, Reg b, Reg x, Reg y) {
+    return _mm256_blendv_ps(y, x, _mm256_cmp_ps(a, b, _CMP_LE_OQ));
+  }
   static Reg round(Reg a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   // The exponent field, moved into place: -126 <= n <= 128, where 128 gives infinity.
   static Reg pow2(Reg n) {
@@ -82,6 +85,9 @@ struct Vec<double> {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_pd(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm256_max_pd(a, b); }
   static Reg min(Reg a, Reg b) { return _mm256_min_pd(a, b); }
+  static Reg where_at_most(Reg a, Reg b, Reg x, Reg y) {
+    return _mm256_blendv_pd(y, x, _mm256_cmp_pd(a, b, _CMP_LE_OQ));
+  }
   static Reg round(Reg a) { return _mm256_round_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   // As for float, -1022 <= n <= 1024.
   static Reg pow2(Reg n) {

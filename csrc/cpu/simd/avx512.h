@@ -8,6 +8,7 @@
 // * in_register(a) is a, which the compiler may not turn back into a memory operand: GCC would load a value again for
 //   each of its uses.
 // * max(a, b) and min(a, b) give b where either is NaN, so the value that may be NaN goes second.
+// * where_at_most(a, b, x, y) gives x where a <= b, else y, also where a or b is NaN.
 #pragma once
 
 #include <immintrin.h>
@@ -52,6 +53,9 @@ struct Vec<float> {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
+  static Reg where_at_most(Reg a, Reg b, Reg x, Reg y) {
+    return _mm512_mask_mov_ps(y, _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), x);
+  }
   static Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg pow2(Reg n) { return _mm512_scalef_ps(_mm512_set1_ps(1.0f), n); }
   static Reg load_even(const T* p, int n) {
@@ -90,6 +94,9 @@ struct Vec<double> {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
   static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
+  static Reg where_at_most(Reg a, Reg b, Reg x, Reg y) {
+    return _mm512_mask_mov_pd(y, _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ), x);
+  }
   static Reg round(Reg a) { return _mm512_roundscale_pd(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   static Reg pow2(Reg n) { return _mm512_scalef_pd(_mm512_set1_pd(1.0), n); }
   static Reg load_even(const T* p, int n) {

@@ -61,6 +61,9 @@ struct Vec {
   static Reg min(Reg a, Reg b) {
     return each([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
   }
+  static Reg where_at_most(Reg a, Reg b, Reg x, Reg y) {
+    return each([&](int i) { return a.lane[i] <= b.lane[i] ? x.lane[i] : y.lane[i]; });
+  }
   static Reg round(Reg a) {
     return each([&](int i) { return static_cast<T>(::rint(a.lane[i])); });
   }

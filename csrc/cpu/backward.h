@@ -1,0 +1,505 @@
+// The backward pass, once for both layouts: NCHW comes and goes through transposed tiles, because every product of
+// three sides (pixels, K, C) has the same three operands in any order.
+//
+//   dv = g * act'               [pixel][K]     packed for a band of pixels, in blocks of Rows pixels x width channels
+//   u = mid_act(t)              [pixel][panel] computed again
+//   du = dv W                   [pixel][panel] rows dv, depth K;       then dt = du * mid_act'
+//   dW[k] += dv[pixel][k] * u   [K][panel]     rows dv by channel, depth pixels, into the part's sums
+//   dw, dx                      from dt, of which the last rows stay for the next band's dx
+//
+// One unit of work takes its parts' bands in order, and for each band its panels of input channels. Panels share
+// nothing but dv; parts share nothing but the rows of dt above the first, which are computed twice.
+#pragma once
+
+#include <string.h>
+
+#include "depthwise_backward.h"
+#include "kernel.h"
+#include "pointwise.h"
+
+namespace fastsep {
+namespace FASTSEP_ISA {
+namespace {
+
+template <class V, class Shape>
+struct Backward {
+  using T = typename V::T;
+  static constexpr int Rows = Shape::rows, Columns = Shape::columns, Run = Shape::run;
+  static constexpr int panel = Columns * V::width, block = Rows * V::width;
+
+  // Parts of the scratch, in elements.
+  struct Scratch {
+    int64_t blocks;       // of V::width output channels
+    int64_t ring_rows;    // of dt that are kept
+    int64_t ring_stride;  // from one filter's ring to the next
+    int64_t input_rows, output_rows;
+    int64_t gradient, saved, values, arguments, ring, input, output, total;
+  };
+
+  static Scratch scratch_of(const BackwardPlan& plan, int64_t panels) {
+    const Problem& p = plan.problem;
+    const int64_t pixels = plan.band_rows * plan.out_width;
+    const bool planar = p.layout == Layout::nchw;
+    Scratch s;
+    s.blocks = (p.out_channels + V::width - 1) / V::width;
+    s.ring_rows = smaller(plan.out_height, plan.halo + plan.band_rows);
+    s.ring_stride = s.ring_rows * plan.out_width * panel;
+    s.input_rows =
+        planar ? smaller(p.height, (plan.band_rows - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1) : 0;
+    s.output_rows = planar ? smaller(p.height, 1 + 64 / p.width) : 0;
+    s.gradient = 0;
+    s.saved = s.gradient + (pixels + Rows - 1) / Rows * s.blocks * block;
+    s.values = s.saved + block;
+    s.arguments = s.values + pixels * panel;
+    s.ring = s.arguments + (plan.mid_from_output ? 0 : pixels * panel);
+    s.input = s.ring + (plan.need_inner ? panels * p.multiplier * s.ring_stride : 0);
+    s.output = s.input + s.input_rows * p.width * panel;
+    s.total = s.output + s.output_rows * p.width * panel;
+    return s;
+  }
+
+  static int64_t scratch_bytes(const BackwardPlan& plan, int64_t panels) {
+    return scratch_of(plan, panels).total * int64_t(sizeof(T));
+  }
+
+  // Rows [begin, end) of the output of one image.
+  struct Band {
+    int64_t image, begin, end;
+    bool counts;  // else only dt is wanted, for the rows of dx below
+    T* sums;      // of the part
+  };
+
+  const BackwardPlan& plan;
+  const Problem& p;
+  const BackwardLayout& layout;
+  const BackwardWork& work;
+  const Scratch s;
+  T* const scratch;
+  int64_t ring_begin = 0, ring_end = 0;  // rows of dt that the rings hold
+
+  Backward(const BackwardPlan& plan_, const BackwardWork& work_, T* scratch_)
+      : plan(plan_),
+        p(plan_.problem),
+        layout(plan_.layout),
+        work(work_),
+        s(scratch_of(plan_, work_.panel_end - work_.panel_begin)),
+        scratch(scratch_) {}
+
+  void run() {
+    const int64_t rows = p.batch * plan.out_height;
+    const int64_t first = cut(rows, plan.parts, work.part_begin);
+    for (int64_t part = work.part_begin; part < work.part_end; ++part) {
+      T* const sums = static_cast<T*>(plan.sums) + part * layout.sums_elements;
+      clear_sums(sums);
+      const int64_t end = cut(rows, plan.parts, part + 1);
+      for (int64_t row = cut(rows, plan.parts, part); row < end;) {
+        const int64_t image = row / plan.out_height, begin = row % plan.out_height;
+        const int64_t stop = smaller(plan.out_height, begin + end - row);
+        if (begin == 0) ring_begin = ring_end = 0;
+        if (row == first && begin > 0) {
+          ring_begin = ring_end = larger<int64_t>(0, begin - plan.halo);
+          bands(image, ring_begin, begin, false, sums);
+        }
+        bands(image, begin, stop, true, sums);
+        row += stop - begin;
+      }
+    }
+  }
+
+  void clear_sums(T* sums) const {
+    const int64_t panels = work.panel_end - work.panel_begin;
+    const auto clear = [&](int64_t offset, int64_t each) {
+      memset(sums + offset + work.panel_begin * each, 0, static_cast<size_t>(panels * each) * sizeof(T));
+    };
+    clear(layout.pointwise_sums, p.multiplier * p.out_channels * panel);
+    clear(layout.depthwise_sums, p.multiplier * p.kernel_h * p.kernel_w * panel);
+    clear(layout.depthwise_bias_sums, p.multiplier * panel);
+    if (work.panel_begin == 0) memset(sums + layout.bias_sums, 0, static_cast<size_t>(s.blocks * V::width) * sizeof(T));
+  }
+
+  void bands(int64_t image, int64_t begin, int64_t end, bool counts, T* sums) {
+    const int64_t count = (end - begin + plan.band_rows - 1) / plan.band_rows;
+    for (int64_t i = 0; i < count; ++i)
+      band({image, begin + cut(end - begin, count, i), begin + cut(end - begin, count, i + 1), counts, sums});
+  }
+
+  void band(const Band& b) {
+    const bool pointwise = b.counts && plan.gradients.pointwise_weight != nullptr;
+    if (p.out_channels > 0 && (pointwise || plan.need_inner || (b.counts && plan.gradients.bias != nullptr)))
+      pack_gradient(b);
+    if (b.counts && work.panel_begin == 0 && plan.gradients.bias != nullptr) bias_gradient(b);
+    if (!pointwise && !plan.need_inner) return;
+    keep_rows(b);
+    for (int64_t q = work.panel_begin; q < work.panel_end; ++q) {
+      const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
+      const Plane x = input_of(b, channel, channels);
+      for (int64_t filter = 0; filter < p.multiplier; ++filter) {
+        const int64_t index = q * p.multiplier + filter;
+        const bool mid = p.mid_activation != Activation::identity;
+        if (pointwise || (plan.need_inner && mid)) values_of(b, x, channel, channels, filter, pointwise);
+        if (pointwise) pointwise_gradient(b, index, channels);
+        if (!plan.need_inner) continue;
+        T* const dt = ring(q, filter, b.begin);
+        const int64_t pixels = (b.end - b.begin) * plan.out_width;
+        if (p.out_channels > 0)
+          product(b, index, channels, dt);
+        else
+          take_gradient(b, channel, channels, filter, dt);
+        const T* const z = scratch + (plan.mid_from_output ? s.values : s.arguments);
+        multiply_by_slope<V>(p.mid_activation, dt, z, pixels * panel);
+        if (b.counts) depthwise_gradient(b, x, index, channels, dt);
+      }
+      if (b.counts && plan.gradients.input != nullptr) rows_of_input(b, q, channel, channels);
+    }
+  }
+
+  // ---- dv -----------------------------------------------------------------------------------------------------------
+
+  // Pixels [first, first + pixels) of a band, channels [k, k + width), of a tensor like the output.
+  void take_block(const void* tensor, const Band& b, int64_t first, int64_t pixels, int64_t k, T* to) const {
+    const int64_t lanes = smaller<int64_t>(V::width, p.out_channels - k), plane = plan.out_height * plan.out_width;
+    const int64_t pixel = b.begin * plan.out_width + first;
+    const T* image = static_cast<const T*>(tensor) + b.image * plane * p.out_channels;
+    if (p.layout == Layout::nhwc) {
+      const T* from = image + pixel * p.out_channels + k;
+      if (lanes == V::width)
+        for (int64_t i = 0; i < pixels; ++i) V::store(to + i * V::width, V::load(from + i * p.out_channels));
+      else
+        for (int64_t i = 0; i < pixels; ++i)
+          V::store(to + i * V::width, V::load_n(from + i * p.out_channels, static_cast<int>(lanes)));
+    } else {
+      if (lanes < V::width)
+        for (int64_t i = 0; i < pixels; ++i) V::store(to + i * V::width, V::set1(0));
+      transpose<V>(image + k * plane + pixel, lanes, pixels, plane, to, V::width);
+    }
+  }
+
+  void pack_gradient(const Band& b) const {
+    const int64_t pixels = (b.end - b.begin) * plan.out_width;
+    T* to = scratch + s.gradient;
+    for (int64_t first = 0; first < pixels; first += Rows) {
+      const int64_t count = smaller<int64_t>(Rows, pixels - first);
+      for (int64_t k = 0; k < p.out_channels; k += V::width, to += block) {
+        take_block(plan.grad_output, b, first, count, k, to);
+        if (p.activation == Activation::identity) continue;
+        take_block(plan.saved, b, first, count, k, scratch + s.saved);
+        multiply_by_slope<V>(p.activation, to, scratch + s.saved, count * V::width);
+      }
+    }
+  }
+
+  void bias_gradient(const Band& b) const {
+    const int64_t pixels = (b.end - b.begin) * plan.out_width;
+    for (int64_t k = 0; k < s.blocks; ++k) {
+      T* const sums = b.sums + layout.bias_sums + k * V::width;
+      auto acc = V::load(sums);
+      for (int64_t first = 0; first < pixels; first += Rows) {
+        const T* dv = scratch + s.gradient + (first / Rows * s.blocks + k) * block;
+        for (int64_t i = smaller<int64_t>(Rows, pixels - first); i > 0; --i, dv += V::width)
+          acc = V::add(acc, V::load(dv));
+      }
+      V::store(sums, acc);
+    }
+  }
+
+  // ---- the two products -------------------------------------------------------------------------------------------
+
+  // du, into the ring
+  void product(const Band& b, int64_t index, int64_t channels, T* du) const {
+    const int64_t pixels = (b.end - b.begin) * plan.out_width;
+    Product<T> product = {};
+    product.groups = 1;
+    product.depth = p.out_channels;
+    product.block_depth = V::width;
+    product.a_block_stride = block;
+    product.a_stride = 1;
+    product.b = packed<T>(plan, layout.pointwise) + index * p.out_channels * panel;
+    product.b_stride = panel;
+    product.start = packed<T>(plan, layout.zeros);
+    product.clamp = clamp_of<T>(Activation::identity);
+    product.c_stride = product.column_count = panel;
+    for (int64_t first = 0; first < pixels; first += Rows) {
+      product.a = scratch + s.gradient + first / Rows * s.blocks * block;
+      product.c = du + first * panel;
+      multiply<V, Rows, Columns, V::width>(product, smaller<int64_t>(Rows, pixels - first),
+                                           (channels + V::width - 1) / V::width);
+    }
+  }
+
+  // The rows are the channels of a block, so the block is cut where it is longer than the tile is high.
+  void pointwise_gradient(const Band& b, int64_t index, int64_t channels) const {
+    constexpr int64_t row_tiles = (V::width + Rows - 1) / Rows, rows = V::width / row_tiles;
+    static_assert(rows * row_tiles == V::width, "a block of channels is cut into equal tiles");
+    Product<T> product = {};
+    product.groups = 1;
+    product.depth = (b.end - b.begin) * plan.out_width;
+    product.block_depth = Rows;
+    product.a_block_stride = s.blocks * block;
+    product.a_stride = V::width;
+    product.b = scratch + s.values;
+    product.b_stride = panel;
+    product.start_stride = panel;
+    product.clamp = clamp_of<T>(Activation::identity);
+    product.c_stride = product.column_count = panel;
+    T* const sums = b.sums + layout.pointwise_sums + index * p.out_channels * panel;
+    for (int64_t k = 0; k < p.out_channels; k += rows) {
+      product.a = scratch + s.gradient + k / V::width * block + k % V::width;
+      product.start = product.c = sums + k * panel;
+      multiply<V, Rows, Columns, 1>(product, smaller(rows, p.out_channels - k), (channels + V::width - 1) / V::width);
+    }
+  }
+
+  // ---- the depthwise half -------------------------------------------------------------------------------------------
+
+  // A panel of channels of x: pixel (y, x) at pixels + y * row_stride + x * pixel_stride. Only the rows that the band's
+  // taps touch are there.
+  struct Plane {
+    const T* pixels;
+    int64_t row_stride, pixel_stride;
+  };
+
+  Plane input_of(const Band& b, int64_t channel, int64_t channels) const {
+    const T* image = static_cast<const T*>(plan.input) + b.image * p.channels * p.height * p.width;
+    if (p.layout == Layout::nhwc) return {image + channel, p.width * p.channels, p.channels};
+    const int64_t top = b.begin * p.stride_h - p.pad_top;
+    const int64_t begin = smaller(p.height, larger<int64_t>(0, top));
+    const int64_t bottom = top + (b.end - b.begin - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
+    const int64_t end = larger(begin, smaller(p.height, bottom));
+    T* const copy = scratch + s.input;
+    if (end > begin)
+      transpose<V>(image + channel * p.height * p.width + begin * p.width, channels, (end - begin) * p.width,
+                   p.height * p.width, copy, panel);
+    return {copy - begin * p.width * panel, p.width * panel, panel};
+  }
+
+  // t and u of one filter.
+  void values_of(const Band& b, const Plane& x, int64_t channel, int64_t channels, int64_t filter,
+                 bool need_values) const {
+    T* const values = scratch + s.values;
+    T* const arguments = plan.mid_from_output ? values : scratch + s.arguments;
+    ChannelsLastRow<T> row;
+    row.plane = x.pixels;
+    row.height = p.height;
+    row.width = p.width;
+    row.row_stride = x.row_stride;
+    row.pixel_stride = x.pixel_stride;
+    row.channels = channels;
+    row.taps_h = p.kernel_h;
+    row.taps_w = p.kernel_w;
+    row.stride_w = p.stride_w;
+    row.dilation_h = p.dilation_h;
+    row.dilation_w = p.dilation_w;
+    row.left = -p.pad_left;
+    row.pixels = plan.out_width;
+    row.weight =
+        packed<T>(plan, layout.depthwise) + filter * p.kernel_h * p.kernel_w * layout.padded_channels + channel;
+    row.weight_stride = layout.padded_channels;
+    row.start = packed<T>(plan, layout.depthwise_bias) + filter * layout.padded_channels + channel;
+    row.start_stride = 0;
+    row.clamp = clamp_of<T>(p.mid_activation);
+    row.output_stride = panel;
+    row.output_vector_stride = V::width;
+    row.whole_vectors = true;
+    for (int64_t oy = b.begin; oy < b.end; ++oy) {
+      row.top = oy * p.stride_h - p.pad_top;
+      row.output = arguments + (oy - b.begin) * plan.out_width * panel;
+      channels_last_row<V, Run>(row);
+    }
+    const int64_t count = (b.end - b.begin) * plan.out_width * panel;
+    if (is_clamp(p.mid_activation) || !(need_values || plan.mid_from_output)) return;
+    if (!plan.mid_from_output) memcpy(values, arguments, static_cast<size_t>(count) * sizeof(T));
+    activate<V>(p.mid_activation, values, count);
+  }
+
+  // dy of the depthwise half alone, one filter.
+  void take_gradient(const Band& b, int64_t channel, int64_t channels, int64_t filter, T* to) const {
+    const int64_t plane = plan.out_height * plan.out_width, depth = p.channels * p.multiplier;
+    const int64_t pixel = b.begin * plan.out_width, pixels = (b.end - b.begin) * plan.out_width;
+    const int64_t first = channel * p.multiplier + filter;
+    const T* image = static_cast<const T*>(plan.grad_output) + b.image * plane * depth;
+    if (p.layout == Layout::nchw)
+      return transpose<V>(image + first * plane + pixel, channels, pixels, p.multiplier * plane, to, panel);
+    const T* from = image + pixel * depth + first;
+    for (int64_t i = 0; i < pixels; ++i, from += depth, to += panel) {
+      if (p.multiplier == 1)
+        for (int64_t c = 0; c < channels; c += V::width)
+          V::store(to + c, V::load_n(from + c, static_cast<int>(smaller<int64_t>(V::width, channels - c))));
+      else
+        for (int64_t c = 0; c < channels; ++c) to[c] = from[c * p.multiplier];
+    }
+  }
+
+  void depthwise_gradient(const Band& b, const Plane& x, int64_t index, int64_t channels, const T* dt) const {
+    const int64_t taps = p.kernel_h * p.kernel_w;
+    if (plan.gradients.depthwise_weight != nullptr) {
+      WeightGradient<T> g;
+      g.plane = x.pixels;
+      g.height = p.height;
+      g.width = p.width;
+      g.row_stride = x.row_stride;
+      g.pixel_stride = x.pixel_stride;
+      g.channels = channels;
+      g.taps_h = p.kernel_h;
+      g.taps_w = p.kernel_w;
+      g.stride_h = p.stride_h;
+      g.stride_w = p.stride_w;
+      g.dilation_h = p.dilation_h;
+      g.dilation_w = p.dilation_w;
+      g.pad_top = p.pad_top;
+      g.pad_left = p.pad_left;
+      g.row_begin = b.begin;
+      g.row_end = b.end;
+      g.columns = plan.out_width;
+      g.gradient = dt;
+      g.gradient_stride = panel;
+      g.sums = b.sums + layout.depthwise_sums + index * taps * panel;
+      g.sums_stride = panel;
+      weight_gradient<V>(g);
+    }
+    if (plan.gradients.depthwise_bias != nullptr) {
+      T* const sums = b.sums + layout.depthwise_bias_sums + index * panel;
+      const int64_t pixels = (b.end - b.begin) * plan.out_width;
+      for (int64_t c = 0; c < channels; c += V::width) {
+        auto acc = V::load(sums + c);
+        for (int64_t i = 0; i < pixels; ++i) acc = V::add(acc, V::load(dt + i * panel + c));
+        V::store(sums + c, acc);
+      }
+    }
+  }
+
+  // ---- dt's ring and dx ---------------------------------------------------------------------------------------------
+
+  T* ring(int64_t q, int64_t filter, int64_t row) const {
+    return scratch + s.ring + ((q - work.panel_begin) * p.multiplier + filter) * s.ring_stride +
+           (row - ring_begin) * plan.out_width * panel;
+  }
+
+  // Makes room for a band behind the rows of dt that its rows of dx reach.
+  void keep_rows(const Band& b) {
+    if (!plan.need_inner) return;
+    if (plan.gradients.input == nullptr) ring_end = ring_begin = b.begin;
+    const int64_t begin = larger(ring_begin, smaller(ring_end, b.begin - plan.halo));
+    if (begin > ring_begin) {
+      const int64_t kept = (ring_end - begin) * plan.out_width * panel;
+      for (int64_t q = work.panel_begin; q < work.panel_end && kept > 0; ++q)
+        for (int64_t filter = 0; filter < p.multiplier; ++filter)
+          memmove(ring(q, filter, ring_begin), ring(q, filter, begin), static_cast<size_t>(kept) * sizeof(T));
+    }
+    ring_begin = begin;
+    ring_end = b.end;
+  }
+
+  // The rows of dx whose last row of dt is in this band.
+  void rows_of_input(const Band& b, int64_t q, int64_t channel, int64_t channels) const {
+    const auto row_of = [&](int64_t oy) { return smaller(p.height, larger<int64_t>(0, oy * p.stride_h - p.pad_top)); };
+    const int64_t begin = b.begin == 0 ? 0 : row_of(b.begin);
+    const int64_t end = b.end == plan.out_height ? p.height : row_of(b.end);
+    T* const image = static_cast<T*>(plan.gradients.input) + b.image * p.channels * p.height * p.width;
+    if (p.layout == Layout::nhwc) {
+      T* const to = image + begin * p.width * p.channels + channel;
+      return rows_of_input(begin, end, q, channel, channels, to, p.channels, false);
+    }
+    T* const rows = scratch + s.output;
+    for (int64_t row = begin; row < end; row += s.output_rows) {
+      const int64_t stop = smaller(end, row + s.output_rows);
+      rows_of_input(row, stop, q, channel, channels, rows, panel, true);
+      transpose<V>(rows, (stop - row) * p.width, channels, panel, image + channel * p.height * p.width + row * p.width,
+                   p.height * p.width);
+    }
+  }
+
+  void rows_of_input(int64_t begin, int64_t end, int64_t q, int64_t channel, int64_t channels, T* to, int64_t to_stride,
+                     bool whole_vectors) const {
+    InputGradient<T> g;
+    g.height = plan.out_height;
+    g.width = plan.out_width;
+    g.row_stride = plan.out_width * panel;
+    g.pixel_stride = panel;
+    g.channels = channels;
+    g.taps_h = ReversedTaps(p.kernel_h, p.stride_h, p.dilation_h);
+    g.taps_w = ReversedTaps(p.kernel_w, p.stride_w, p.dilation_w);
+    g.pad_top = p.pad_top;
+    g.pad_left = p.pad_left;
+    g.row_begin = begin;
+    g.row_end = end;
+    g.columns = p.width;
+    g.weight_stride = layout.padded_channels;
+    g.zeros = packed<T>(plan, layout.zeros);
+    g.output = to;
+    g.output_row_stride = p.width * to_stride;
+    g.output_stride = to_stride;
+    g.whole_vectors = whole_vectors;
+    for (int64_t filter = 0; filter < p.multiplier; ++filter) {
+      g.plane = ring(q, filter, 0);
+      g.weight = packed<T>(plan, layout.reversed) + filter * p.kernel_h * p.kernel_w * layout.padded_channels + channel;
+      g.add = filter > 0;
+      input_gradient<V, Run>(g);
+    }
+  }
+
+  // ---- the sums of the parts ----------------------------------------------------------------------------------------
+
+  // Adds the sums [offset, offset + count) of all parts, in their order, into the first part's.
+  static T* add_parts(const BackwardPlan& plan, int64_t offset, int64_t count) {
+    T* const total = static_cast<T*>(plan.sums) + offset;
+    for (int64_t i = 0; i < count; i += V::width) {
+      const int lanes = static_cast<int>(smaller<int64_t>(V::width, count - i));
+      auto acc = V::load_n(total + i, lanes);
+      for (int64_t part = 1; part < plan.parts; ++part)
+        acc = V::add(acc, V::load_n(total + part * plan.layout.sums_elements + i, lanes));
+      V::store_n(total + i, acc, lanes);
+    }
+    return total;
+  }
+
+  static void finish(const BackwardPlan& plan, int64_t q) {
+    const Problem& p = plan.problem;
+    const int64_t m = p.multiplier, depth = p.channels * m, taps = p.kernel_h * p.kernel_w;
+    const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
+    for (int64_t filter = 0; filter < m; ++filter) {
+      const int64_t index = q * m + filter, first = channel * m + filter;
+      if (T* to = static_cast<T*>(plan.gradients.pointwise_weight)) {
+        const T* sums =
+            add_parts(plan, plan.layout.pointwise_sums + index * p.out_channels * panel, p.out_channels * panel);
+        to += first;
+        for (int64_t k = 0; k < p.out_channels; ++k, sums += panel, to += depth) {
+          if (m == 1)
+            memcpy(to, sums, static_cast<size_t>(channels) * sizeof(T));
+          else
+            for (int64_t c = 0; c < channels; ++c) to[c * m] = sums[c];
+        }
+      }
+      if (T* to = static_cast<T*>(plan.gradients.depthwise_weight)) {
+        const T* sums = add_parts(plan, plan.layout.depthwise_sums + index * taps * panel, taps * panel);
+        for (int64_t c = 0; c < channels; ++c)
+          for (int64_t tap = 0; tap < taps; ++tap) to[(first + c * m) * taps + tap] = sums[tap * panel + c];
+      }
+      if (T* to = static_cast<T*>(plan.gradients.depthwise_bias)) {
+        const T* sums = add_parts(plan, plan.layout.depthwise_bias_sums + index * panel, panel);
+        for (int64_t c = 0; c < channels; ++c) to[first + c * m] = sums[c];
+      }
+    }
+    if (q == 0 && plan.gradients.bias != nullptr && p.out_channels > 0)
+      memcpy(plan.gradients.bias, add_parts(plan, plan.layout.bias_sums, p.out_channels),
+             static_cast<size_t>(p.out_channels) * sizeof(T));
+  }
+};
+
+template <class V, class Shape>
+int64_t backward_scratch_bytes(const BackwardPlan& plan, int64_t panels) {
+  return Backward<V, Shape>::scratch_bytes(plan, panels);
+}
+
+template <class V, class Shape>
+void backward_work(const BackwardPlan& plan, const BackwardWork& work, void* scratch) {
+  Backward<V, Shape>(plan, work, static_cast<typename V::T*>(scratch)).run();
+}
+
+template <class V, class Shape>
+void backward_finish(const BackwardPlan& plan, int64_t panel) {
+  Backward<V, Shape>::finish(plan, panel);
+}
+
+}  // namespace
+}  // namespace FASTSEP_ISA
+}  // namespace fastsep

@@ -1,0 +1,57 @@
+// What the tests of both directions share: the kernels, the count of checks, numbers in guarded memory.
+#pragma once
+
+#include <limits>
+#include <random>
+#include <string>
+
+#include "cases.h"
+#include "cpu/kernel.h"
+#include "guarded.h"
+
+namespace fastsep_tests {
+
+struct Tally {
+  int checks = 0, failures = 0;
+};
+extern Tally tally;
+
+// Counts, and complains where not good.
+void expect(bool good, const fastsep::Kernel& kernel, const Case& c, const fastsep::Problem& p,
+            const std::string& what);
+
+// exp and its kin make no integers; their places take those that do.
+fastsep::Problem with_integer_activations(fastsep::Problem p);
+
+// Memory for `count` numbers between guard pages: drawn ones, small integers or reals in [-1, 1], or NaN.
+template <class T>
+class Numbers {
+ public:
+  Numbers(bool integers, Tight tight) : integers_(integers), tight_(tight) {}
+
+  Guarded drawn(int64_t count) {
+    Guarded memory(static_cast<size_t>(count) * sizeof(T), tight_, sizeof(T));
+    std::uniform_int_distribution<int> whole(-2, 2);
+    std::uniform_real_distribution<double> real(-1, 1);
+    for (int64_t i = 0; i < count; ++i) memory.as<T>()[i] = static_cast<T>(integers_ ? whole(random_) : real(random_));
+    return memory;
+  }
+  Guarded unwritten(int64_t count) const {
+    Guarded memory(static_cast<size_t>(count) * sizeof(T), tight_, sizeof(T));
+    for (int64_t i = 0; i < count; ++i) memory.as<T>()[i] = std::numeric_limits<T>::quiet_NaN();
+    return memory;
+  }
+
+ private:
+  bool integers_;
+  Tight tight_;
+  std::mt19937 random_{20240607};
+};
+
+// All checks of one kernel on one case, in its own dtype and the problem's layout; small integers or reals.
+void test_forward(const fastsep::Kernel& kernel, const Case& c, const fastsep::Problem& p, bool integers, Tight tight);
+void test_backward(const fastsep::Kernel& kernel, const Case& c, const fastsep::Problem& p, bool integers, Tight tight);
+
+void test_validate(fastsep::Problem good);
+
+}  // namespace fastsep_tests

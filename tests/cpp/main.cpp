@@ -1,0 +1,85 @@
+// Runs every kernel that this processor has over the table of cases.
+#include <iostream>
+
+#include "harness.h"
+
+namespace fastsep_tests {
+
+using namespace fastsep;
+
+Tally tally;
+
+void expect(bool good, const Kernel& kernel, const Case& c, const Problem& p, const std::string& what) {
+  ++tally.checks;
+  if (good) return;
+  ++tally.failures;
+  std::cerr << "FAILED " << kernel.name << (p.layout == Layout::nhwc ? " nhwc" : " nchw")
+            << (p.out_channels == 0 ? " depthwise alone" : "") << ": " << what << "\n  " << c.line << "\n";
+}
+
+Problem with_integer_activations(Problem p) {
+  const auto exact = [](Activation a) {
+    return a == Activation::identity || a == Activation::relu || a == Activation::relu6;
+  };
+  if (!exact(p.mid_activation)) p.mid_activation = Activation::relu6;
+  if (!exact(p.activation)) p.activation = Activation::identity;
+  return p;
+}
+
+namespace {
+
+const Kernel* const kernels[] = {
+#define FASTSEP_KERNEL(isa, dtype) &separable_##dtype##_##isa,
+#include "cpu/kernels.inc"
+#undef FASTSEP_KERNEL
+};
+
+void run_case(const Kernel& kernel, const Case& c, Layout layout) {
+  Problem p = c.problem;
+  p.dtype = kernel.dtype;
+  p.layout = layout;
+  const Status status = validate(p);
+  expect(status == Status::ok, kernel, c, p, std::string("validate: ") + describe(status));
+  if (status != Status::ok) return;
+  Problem depthwise = p;
+  depthwise.out_channels = 0;
+  depthwise.activation = Activation::identity;
+  for (const Problem& problem : {p, depthwise}) {
+    test_forward(kernel, c, with_integer_activations(problem), true, Tight::end);
+    test_forward(kernel, c, problem, false, Tight::begin);
+    test_backward(kernel, c, with_integer_activations(problem), true, Tight::end);
+    test_backward(kernel, c, problem, false, Tight::begin);
+  }
+}
+
+int run(const std::string& path) {
+  const std::vector<Case> cases = read_cases(path);
+  for (const Kernel* kernel : kernels) {
+    if (!isa_available(kernel->isa)) {
+      std::cout << kernel->name << ": not on this processor\n";
+      continue;
+    }
+    const int before = tally.checks;
+    for (const Case& c : cases)
+      for (Layout layout : {Layout::nchw, Layout::nhwc}) run_case(*kernel, c, layout);
+    std::cout << kernel->name << ": " << cases.size() << " cases, " << tally.checks - before << " checks\n";
+  }
+  for (const Case& c : cases)
+    if (c.problem.batch > 0 && c.problem.pad_top < c.problem.height) {
+      test_validate(c.problem);
+      break;
+    }
+  std::cout << tally.checks - tally.failures << " passed, " << tally.failures << " failed\n";
+  return tally.failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace fastsep_tests
+
+int main(int argc, char** argv) {
+  if (argc != 2) {
+    std::cerr << "usage: fastsep_tests cases.txt\n";
+    return 2;
+  }
+  return fastsep_tests::run(argv[1]);
+}
