@@ -111,7 +111,8 @@ struct Backward {
     const auto clear = [&](int64_t offset, int64_t each) {
       memset(sums + offset + work.panel_begin * each, 0, static_cast<size_t>(panels * each) * sizeof(T));
     };
-    clear(layout.pointwise_sums, p.multiplier * p.out_channels * panel);
+    if (plan.gradients.pointwise_weight != nullptr && !plan.direct)
+      clear(layout.pointwise_sums, p.multiplier * p.out_channels * panel);
     clear(layout.depthwise_sums, p.multiplier * p.kernel_h * p.kernel_w * panel);
     clear(layout.depthwise_bias_sums, p.multiplier * panel);
     if (work.panel_begin == 0) memset(sums + layout.bias_sums, 0, static_cast<size_t>(s.blocks * V::width) * sizeof(T));
@@ -238,13 +239,20 @@ struct Backward {
     product.a_stride = V::width;
     product.b = scratch + s.values;
     product.b_stride = panel;
-    product.start_stride = panel;
     product.clamp = clamp_of<T>(Activation::identity);
-    product.c_stride = product.column_count = panel;
-    T* const sums = b.sums + layout.pointwise_sums + index * p.out_channels * panel;
+    T* sums = b.sums + layout.pointwise_sums + index * p.out_channels * panel;
+    product.c_stride = panel;
+    if (plan.direct) {
+      sums = static_cast<T*>(plan.gradients.pointwise_weight) + index * panel;
+      product.c_stride = p.channels;
+    }
+    const bool first = plan.direct && b.image == 0 && b.begin == 0;
+    product.start_stride = first ? 0 : product.c_stride;
+    product.column_count = plan.direct ? channels : panel;
     for (int64_t k = 0; k < p.out_channels; k += rows) {
       product.a = scratch + s.gradient + k / V::width * block + k % V::width;
-      product.start = product.c = sums + k * panel;
+      product.c = sums + k * product.c_stride;
+      product.start = first ? packed<T>(plan, layout.zeros) : product.c;
       multiply<V, Rows, Columns, 1>(product, smaller(rows, p.out_channels - k), (channels + V::width - 1) / V::width);
     }
   }
@@ -442,6 +450,7 @@ struct Backward {
   // Adds the sums [offset, offset + count) of all parts, in their order, into the first part's.
   static T* add_parts(const BackwardPlan& plan, int64_t offset, int64_t count) {
     T* const total = static_cast<T*>(plan.sums) + offset;
+    if (plan.parts == 1) return total;
     for (int64_t i = 0; i < count; i += V::width) {
       const int lanes = static_cast<int>(smaller<int64_t>(V::width, count - i));
       auto acc = V::load_n(total + i, lanes);
@@ -452,23 +461,12 @@ struct Backward {
     return total;
   }
 
-  static void finish(const BackwardPlan& plan, int64_t q) {
+  static void finish_depthwise(const BackwardPlan& plan, int64_t q) {
     const Problem& p = plan.problem;
-    const int64_t m = p.multiplier, depth = p.channels * m, taps = p.kernel_h * p.kernel_w;
+    const int64_t m = p.multiplier, taps = p.kernel_h * p.kernel_w;
     const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
     for (int64_t filter = 0; filter < m; ++filter) {
       const int64_t index = q * m + filter, first = channel * m + filter;
-      if (T* to = static_cast<T*>(plan.gradients.pointwise_weight)) {
-        const T* sums =
-            add_parts(plan, plan.layout.pointwise_sums + index * p.out_channels * panel, p.out_channels * panel);
-        to += first;
-        for (int64_t k = 0; k < p.out_channels; ++k, sums += panel, to += depth) {
-          if (m == 1)
-            memcpy(to, sums, static_cast<size_t>(channels) * sizeof(T));
-          else
-            for (int64_t c = 0; c < channels; ++c) to[c * m] = sums[c];
-        }
-      }
       if (T* to = static_cast<T*>(plan.gradients.depthwise_weight)) {
         const T* sums = add_parts(plan, plan.layout.depthwise_sums + index * taps * panel, taps * panel);
         for (int64_t c = 0; c < channels; ++c)
@@ -479,9 +477,30 @@ struct Backward {
         for (int64_t c = 0; c < channels; ++c) to[first + c * m] = sums[c];
       }
     }
-    if (q == 0 && plan.gradients.bias != nullptr && p.out_channels > 0)
-      memcpy(plan.gradients.bias, add_parts(plan, plan.layout.bias_sums, p.out_channels),
-             static_cast<size_t>(p.out_channels) * sizeof(T));
+  }
+
+  static void finish_pointwise(const BackwardPlan& plan, int64_t begin, int64_t end) {
+    const Problem& p = plan.problem;
+    const int64_t m = p.multiplier, depth = p.channels * m;
+    T* const gradient = static_cast<T*>(plan.gradients.pointwise_weight);
+    for (int64_t q = 0; gradient != nullptr && !plan.direct && q < plan.layout.panels; ++q) {
+      const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
+      for (int64_t filter = 0; filter < m; ++filter) {
+        const T* sums =
+            add_parts(plan, plan.layout.pointwise_sums + ((q * m + filter) * p.out_channels + begin) * panel,
+                      (end - begin) * panel);
+        T* to = gradient + begin * depth + channel * m + filter;
+        for (int64_t k = begin; k < end; ++k, sums += panel, to += depth) {
+          if (m == 1)
+            memcpy(to, sums, static_cast<size_t>(channels) * sizeof(T));
+          else
+            for (int64_t c = 0; c < channels; ++c) to[c * m] = sums[c];
+        }
+      }
+    }
+    if (T* to = static_cast<T*>(plan.gradients.bias))
+      memcpy(to + begin, add_parts(plan, plan.layout.bias_sums + begin, end - begin),
+             static_cast<size_t>(end - begin) * sizeof(T));
   }
 };
 
@@ -496,8 +515,13 @@ void backward_work(const BackwardPlan& plan, const BackwardWork& work, void* scr
 }
 
 template <class V, class Shape>
-void backward_finish(const BackwardPlan& plan, int64_t panel) {
-  Backward<V, Shape>::finish(plan, panel);
+void finish_depthwise(const BackwardPlan& plan, int64_t panel) {
+  Backward<V, Shape>::finish_depthwise(plan, panel);
+}
+
+template <class V, class Shape>
+void finish_pointwise(const BackwardPlan& plan, int64_t begin, int64_t end) {
+  Backward<V, Shape>::finish_pointwise(plan, begin, end);
 }
 
 }  // namespace

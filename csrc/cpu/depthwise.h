@@ -71,10 +71,13 @@ FASTSEP_INLINE void channels_last_vector(const ChannelsLastRun<typename V::T>& r
   using T = typename V::T;
   using Reg = typename V::Reg;
   Reg acc[Run];
+  acc[0] = V::load_n(run.start + channel, lanes);
   FASTSEP_UNROLL
-  for (int p = 0; p < Run; ++p) {
-    const int64_t pixel = Border && p >= run.pixels ? 0 : p;
-    acc[p] = V::load_n(run.start + channel + pixel * run.start_stride, lanes);
+  for (int p = 1; p < Run; ++p) acc[p] = acc[0];
+  if (run.start_stride != 0) {
+    FASTSEP_UNROLL
+    for (int p = 1; p < Run; ++p)
+      if (!Border || p < run.pixels) acc[p] = V::load_n(run.start + channel + p * run.start_stride, lanes);
   }
   const T* input_row = run.input + channel;
   const T* weight = run.weight + channel;
@@ -112,14 +115,14 @@ FASTSEP_INLINE void channels_last_vector(const ChannelsLastRun<typename V::T>& r
 
   const Reg low = V::set1(run.clamp.low), high = V::set1(run.clamp.high);
   T* output = run.output + channel / V::width * run.output_vector_stride;
-  const int stored = run.whole_vectors ? V::width : static_cast<int>(lanes);
   FASTSEP_UNROLL
   for (int p = 0; p < Run; ++p) {
     const Reg value = V::min(high, V::max(low, acc[p]));
-    if constexpr (!Border)
+    if (Border && p >= run.pixels) break;
+    if (run.whole_vectors)
       V::store(output + p * run.output_stride, value);
-    else if (p < run.pixels)
-      V::store_n(output + p * run.output_stride, value, stored);
+    else
+      V::store_n(output + p * run.output_stride, value, lanes);
   }
 }
 
@@ -145,6 +148,8 @@ FASTSEP_NOINLINE void channels_last_run(const ChannelsLastRun<typename V::T>& ru
 template <class V, int Run>
 void channels_last_depthwise(const ChannelsLastRun<typename V::T>& run) {
   if (run.dilation_w == 1 && run.stride_w == 1) {
+    if (run.taps_w == 1) return channels_last_run<V, Run, 1, 1>(run);
+    if (run.taps_w == 2) return channels_last_run<V, Run, 2, 1>(run);
     if (run.taps_w == 3) return channels_last_run<V, Run, 3, 1>(run);
     if (run.taps_w == 5) return channels_last_run<V, Run, 5, 1>(run);
     if (run.taps_w == 7) return channels_last_run<V, Run, 7, 1>(run);
@@ -153,8 +158,9 @@ void channels_last_depthwise(const ChannelsLastRun<typename V::T>& run) {
   channels_last_run<V, Run, 0, 0>(run);
 }
 
+// A row whose taps are neighbours, or whose pixels do not share any.
 template <class V, int Run>
-void channels_last_row(const ChannelsLastRow<typename V::T>& row) {
+void channels_last_pieces(const ChannelsLastRow<typename V::T>& row) {
   // The taps inside the plane: top + r * dilation_h from 0 to height - 1.
   const int64_t first = row.top < 0 ? smaller((-row.top + row.dilation_h - 1) / row.dilation_h, row.taps_h) : 0;
   const int64_t below = row.height - row.top;
@@ -186,6 +192,28 @@ void channels_last_row(const ChannelsLastRow<typename V::T>& row) {
     run.start = row.start + from * row.start_stride;
     run.output = row.output + from * row.output_stride;
     channels_last_depthwise<V, Run>(run);
+  }
+}
+
+// Without a stride, every dilation_w-th pixel and its taps are a row without dilation, on every dilation_w-th column.
+template <class V, int Run>
+void channels_last_row(const ChannelsLastRow<typename V::T>& row) {
+  const int64_t step = row.dilation_w;
+  if (step == 1 || row.stride_w > 1 || row.taps_w == 1) return channels_last_pieces<V, Run>(row);
+  for (int64_t phase = 0; phase < smaller(step, row.pixels); ++phase) {
+    const int64_t left = row.left + phase, column = (left % step + step) % step;
+    ChannelsLastRow<typename V::T> part = row;
+    part.plane += column * row.pixel_stride;
+    part.width = row.width > column ? (row.width - column + step - 1) / step : 0;
+    part.pixel_stride *= step;
+    part.dilation_w = 1;
+    part.left = (left - column) / step;
+    part.pixels = (row.pixels - phase + step - 1) / step;
+    part.start += phase * row.start_stride;
+    part.start_stride *= step;
+    part.output += phase * row.output_stride;
+    part.output_stride *= step;
+    channels_last_pieces<V, Run>(part);
   }
 }
 

@@ -12,15 +12,18 @@ constexpr int64_t band_bytes = 256 * 1024;
 
 // As many units as this are enough for any machine's threads; each part costs partial sums.
 constexpr int64_t most_units = 32;
-// Below that many pixels a part's sums cost more than a hundredth of its products.
-constexpr int64_t least_part_pixels = 64;
+// With fewer pixels a part's sums, written and read again, cost more than a few hundredths of its products.
+constexpr int64_t least_part_pixels = 256;
+
+// Output channels whose pointwise weights are packed, or whose sums are added up, at a time.
+constexpr int64_t output_chunk = 16;
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 8; }
 
-BackwardLayout layout_of(const Problem& p, const Kernel& kernel) {
+BackwardLayout layout_of(const Problem& p, const Kernel& kernel, bool pointwise_sums) {
   const int64_t line = 64 / element_size(p.dtype), m = p.multiplier, taps = p.kernel_h * p.kernel_w;
   const auto whole_lines = [&](int64_t elements) { return divide_up(elements, line) * line; };
   BackwardLayout layout;
@@ -36,7 +39,8 @@ BackwardLayout layout_of(const Problem& p, const Kernel& kernel) {
   layout.elements = layout.zeros + whole_lines(layout.panel);
 
   layout.pointwise_sums = 0;
-  layout.depthwise_sums = layout.pointwise_sums + layout.panels * m * p.out_channels * layout.panel;
+  const int64_t pointwise = pointwise_sums ? layout.panels * m * p.out_channels * layout.panel : 0;
+  layout.depthwise_sums = layout.pointwise_sums + pointwise;
   layout.depthwise_bias_sums = layout.depthwise_sums + layout.panels * m * taps * layout.panel;
   layout.bias_sums = layout.depthwise_bias_sums + layout.panels * m * layout.panel;
   layout.sums_elements =
@@ -80,15 +84,20 @@ BackwardPlan make_plan(const Problem& p, const Kernel& kernel, const Gradients& 
   plan.mid_from_output = derivative_from_output(p.mid_activation);
   plan.need_inner =
       gradients.input != nullptr || gradients.depthwise_weight != nullptr || gradients.depthwise_bias != nullptr;
-  plan.layout = layout_of(p, kernel);
   plan.halo = gradients.input == nullptr ? 0 : least(plan.out_height, (p.kernel_h - 1) * p.dilation_h / p.stride_h);
 
   const int64_t rows = p.batch * plan.out_height;
-  const int64_t row_bytes = (p.out_channels + 4 * plan.layout.panel) * plan.out_width * element_size(p.dtype);
+  const int64_t panel = kernel.shape.vector * kernel.shape.columns, panels = divide_up(p.channels, panel);
+  const int64_t row_bytes = (p.out_channels + 4 * panel) * plan.out_width * element_size(p.dtype);
   plan.band_rows = most(1, least(plan.out_height, band_bytes / row_bytes));
-  const int64_t parts = divide_up(most_units, plan.layout.panels);
+  const int64_t parts = divide_up(most_units, panels);
   const int64_t worthwhile = most(1, rows * plan.out_width / least_part_pixels);
   plan.parts = most(1, least(parts, least(worthwhile, divide_up(rows, plan.band_rows))));
+  const bool pointwise = p.out_channels > 0 && gradients.pointwise_weight != nullptr;
+  // Rows of the gradient itself are far apart, so to come back to them many times costs more than to copy the sums.
+  plan.direct = pointwise && plan.parts == 1 && rows > 0 && rows <= 2 * plan.band_rows && p.multiplier == 1 &&
+                p.channels % kernel.shape.vector == 0;
+  plan.layout = layout_of(p, kernel, pointwise && !plan.direct);
   return plan;
 }
 
@@ -130,27 +139,31 @@ struct BackwardPacking {
     return h.before(class_h) * w.kernel + h.count(class_h) * w.before(class_w) + row * w.count(class_w) + column;
   }
 
-  void pointwise(int64_t index) const {
+  // Some output channels of all panels: rows of the weights are read whole, for neighbouring rows of a power of two of
+  // bytes lie in the same cache sets.
+  void pointwise(int64_t chunk) const {
     const Problem& p = problem;
-    const int64_t m = p.multiplier, depth = p.channels * m, first = index * layout.panel;
-    const int64_t count = least(layout.panel, p.channels - first);
-    const T* const weight = static_cast<const T*>(weights.pointwise_weight);
-    T* out = packed + layout.pointwise + index * m * p.out_channels * layout.panel;
-    for (int64_t filter = 0; filter < m; ++filter) {
-      for (int64_t k = 0; k < p.out_channels; ++k, out += layout.panel) {
-        const T* from = weight + k * depth + first * m + filter;
-        if (m == 1)
-          std::memcpy(out, from, static_cast<size_t>(count) * sizeof(T));
-        else
-          for (int64_t c = 0; c < count; ++c) out[c] = from[c * m];
-        for (int64_t c = count; c < layout.panel; ++c) out[c] = T(0);
+    const int64_t m = p.multiplier, depth = p.channels * m;
+    const int64_t k_begin = chunk * output_chunk, k_end = least(p.out_channels, k_begin + output_chunk);
+    for (int64_t q = 0; q < layout.panels; ++q) {
+      const int64_t first = q * layout.panel, count = least(layout.panel, p.channels - first);
+      for (int64_t filter = 0; filter < m; ++filter) {
+        T* out = packed + layout.pointwise + ((q * m + filter) * p.out_channels + k_begin) * layout.panel;
+        const T* from = static_cast<const T*>(weights.pointwise_weight) + k_begin * depth + first * m + filter;
+        for (int64_t k = k_begin; k < k_end; ++k, out += layout.panel, from += depth) {
+          if (m == 1)
+            std::memcpy(out, from, static_cast<size_t>(count) * sizeof(T));
+          else
+            for (int64_t c = 0; c < count; ++c) out[c] = from[c * m];
+          for (int64_t c = count; c < layout.panel; ++c) out[c] = T(0);
+        }
       }
     }
   }
 };
 
 template <class T>
-void pack_as(const Problem& problem, const BackwardLayout& layout, const Weights& weights, void* packed,
+void pack_as(const Problem& problem, const BackwardLayout& layout, const Weights& weights, bool pointwise, void* packed,
              const Executor& executor) {
   BackwardPacking<T> packing = {problem, layout, weights, static_cast<T*>(packed)};
   const auto body = [](void* context, int64_t index) {
@@ -160,7 +173,7 @@ void pack_as(const Problem& problem, const BackwardLayout& layout, const Weights
     else
       self.pointwise(index - 1);
   };
-  run_on(executor, 1 + (problem.out_channels > 0 ? layout.panels : 0), body, &packing);
+  run_on(executor, 1 + (pointwise ? divide_up(problem.out_channels, output_chunk) : 0), body, &packing);
 }
 
 // The workspace, in bytes.
@@ -193,9 +206,12 @@ void run_slot(void* context, int64_t slot) {
   job.kernel->backward_work(*job.plan, work, job.scratch + slot * job.plan->scratch_bytes);
 }
 
-void finish_panel(void* context, int64_t panel) {
+void finish_panel(void* context, int64_t index) {
   const Job& job = *static_cast<const Job*>(context);
-  job.kernel->backward_finish(*job.plan, panel);
+  const int64_t panels = job.plan->layout.panels;
+  if (index < panels) return job.kernel->finish_depthwise(*job.plan, index);
+  const int64_t k = (index - panels) * output_chunk;
+  job.kernel->finish_pointwise(*job.plan, k, least(job.plan->problem.out_channels, k + output_chunk));
 }
 
 }  // namespace
@@ -221,12 +237,12 @@ void run_backward(const Problem& problem, const Kernel& kernel, const void* inpu
   plan.sums = memory + sizes.packed;
   plan.scratch_bytes = sizes.scratch;
   if (problem.dtype == Dtype::f32)
-    pack_as<float>(problem, plan.layout, weights, memory, executor);
+    pack_as<float>(problem, plan.layout, weights, plan.need_inner, memory, executor);
   else
-    pack_as<double>(problem, plan.layout, weights, memory, executor);
+    pack_as<double>(problem, plan.layout, weights, plan.need_inner, memory, executor);
   Job job = {&plan, &kernel, grid, memory + sizes.packed + sizes.sums};
   run_on(executor, grid.part_slots * grid.panel_slots, run_slot, &job);
-  run_on(executor, plan.layout.panels, finish_panel, &job);
+  run_on(executor, plan.layout.panels + divide_up(problem.out_channels, output_chunk), finish_panel, &job);
 }
 
 }  // namespace fastsep

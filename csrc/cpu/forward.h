@@ -64,7 +64,8 @@ FASTSEP_NOINLINE double fma_chain(int64_t rounds) {
       isa_::forward_tile<isa_::Vec<element>, Shape>,                                                                   \
       isa_::backward_scratch_bytes<isa_::Vec<element>, Shape>,                                                         \
       isa_::backward_work<isa_::Vec<element>, Shape>,                                                                  \
-      isa_::backward_finish<isa_::Vec<element>, Shape>,                                                                \
+      isa_::finish_depthwise<isa_::Vec<element>, Shape>,                                                               \
+      isa_::finish_pointwise<isa_::Vec<element>, Shape>,                                                               \
       isa_::transpose_any<isa_::Vec<element>>,                                                                         \
       isa_::fma_chain<isa_::Vec<element>>};
 

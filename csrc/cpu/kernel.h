@@ -62,7 +62,7 @@ struct Tile {
 //
 // and the partial sums of one part of the pixels, all with whole panels:
 //
-//   pointwise_sums  [panels][m][K][panel]
+//   pointwise_sums  [panels][m][K][panel]   where `direct` does not make them needless
 //   depthwise_sums  [panels][m][kh*kw][panel]
 //   depthwise_bias_sums  [panels][m][panel]
 //   bias_sums       [padded K]
@@ -82,6 +82,7 @@ struct BackwardPlan {
   Gradients gradients;
   bool mid_from_output;  // derivative_from_output(mid_activation)
   bool need_inner;       // whether dt is wanted: for the gradients of the input or the depthwise half
+  bool direct;           // the one part sums up the pointwise weights' gradient where it belongs
   BackwardLayout layout;
   const void* packed;
   void* sums;  // [parts][layout.sums_elements]
@@ -111,8 +112,10 @@ struct Kernel {
   int64_t (*backward_scratch_bytes)(const BackwardPlan& plan, int64_t panels);
   // The input's gradient, and the sums of the parts.
   void (*backward_work)(const BackwardPlan& plan, const BackwardWork& work, void* scratch);
-  // The sums of all parts, added up, to the gradients of the weights of one panel.
-  void (*backward_finish)(const BackwardPlan& plan, int64_t panel);
+  // The sums of all parts, added up, to the gradients of a panel's depthwise half, and to those of the pointwise half
+  // for output channels [begin, end).
+  void (*finish_depthwise)(const BackwardPlan& plan, int64_t panel);
+  void (*finish_pointwise)(const BackwardPlan& plan, int64_t begin, int64_t end);
   // to[i * to_stride + k] = from[k * from_stride + i] for k < rows, i < columns.
   void (*transpose)(const void* from, int64_t rows, int64_t columns, int64_t from_stride, void* to, int64_t to_stride);
   // Runs FMAs on registers alone; returns how many floating-point operations that were.

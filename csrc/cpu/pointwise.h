@@ -49,6 +49,11 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
                                            : V::load(product.start + i * product.start_stride + j * V::width);
   }
 
+  FASTSEP_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    FASTSEP_UNROLL
+    for (int j = 0; j < Columns; ++j) __builtin_prefetch(product.c + i * product.c_stride + j * V::width, 1);
+  }
   const T* b = product.b;
   const T* a_block = product.a;
   const int64_t a_stride = product.a_stride, b_stride = product.b_stride;
@@ -97,28 +102,33 @@ void multiply(const Product<typename V::T>& product, int64_t rows, int64_t colum
   multiply_tile<V, Rows, Columns, RowStride>(product);
 }
 
-// to[i * to_stride + k] = from[k * from_stride + i] for k < rows, i < columns, in blocks of 4 x 4. The last blocks move
-// back to end with the matrix; a side shorter than a block goes one by one. Sixteen columns at a time, so that cache
-// lines of `from` are used whole and those of `to` stay until they are full.
-template <class V>
-void transpose(const typename V::T* from, int64_t rows, int64_t columns, int64_t from_stride, typename V::T* to,
-               int64_t to_stride) {
-  if (rows < 4 || columns < 4) {
-    for (int64_t k = 0; k < rows; ++k)
-      for (int64_t i = 0; i < columns; ++i) to[i * to_stride + k] = from[k * from_stride + i];
-    return;
-  }
+// In blocks of Block x Block, which neither side is shorter than; the last ones move back to end with the matrix.
+// Sixteen columns at a time, so that cache lines of `from` are used whole and those of `to` stay until they are full.
+template <class V, int Block>
+void transpose_blocks(const typename V::T* from, int64_t rows, int64_t columns, int64_t from_stride, typename V::T* to,
+                      int64_t to_stride) {
   constexpr int64_t strip = 16;
   for (int64_t begin = 0; begin < columns; begin += strip) {
     const int64_t end = smaller(begin + strip, columns);
-    for (int64_t next_k = 0; next_k < rows; next_k += 4) {
-      const int64_t k = smaller(next_k, rows - 4);
-      for (int64_t next_i = begin; next_i < end; next_i += 4) {
-        const int64_t i = smaller(next_i, columns - 4);
-        V::transpose_4x4(from + k * from_stride + i, from_stride, to + i * to_stride + k, to_stride);
+    for (int64_t next_k = 0; next_k < rows; next_k += Block) {
+      const int64_t k = smaller(next_k, rows - Block);
+      for (int64_t next_i = begin; next_i < end; next_i += Block) {
+        const int64_t i = smaller(next_i, columns - Block);
+        V::transpose(from + k * from_stride + i, from_stride, to + i * to_stride + k, to_stride, Constant<Block>());
       }
     }
   }
+}
+
+// to[i * to_stride + k] = from[k * from_stride + i] for k < rows, i < columns.
+template <class V>
+void transpose(const typename V::T* from, int64_t rows, int64_t columns, int64_t from_stride, typename V::T* to,
+               int64_t to_stride) {
+  const int64_t side = smaller(rows, columns);
+  if (side >= V::block) return transpose_blocks<V, V::block>(from, rows, columns, from_stride, to, to_stride);
+  if (side >= 4) return transpose_blocks<V, 4>(from, rows, columns, from_stride, to, to_stride);
+  for (int64_t k = 0; k < rows; ++k)
+    for (int64_t i = 0; i < columns; ++i) to[i * to_stride + k] = from[k * from_stride + i];
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ template <>
 struct Vec<float> {
   using T = float;
   using Reg = __m256;
-  static constexpr int width = 8;
+  static constexpr int width = 8, block = 8;
 
   // All ones in the first n lanes.
   static __m256i head(int n) {
@@ -33,6 +33,7 @@ struct Vec<float> {
   }
   static void store(T* p, Reg a) { _mm256_storeu_ps(p, a); }
   static void store_n(T* p, Reg a, int n) { _mm256_maskstore_ps(p, head(n), a); }
+  static void store_n(T* p, Reg a, Constant<width>) { store(p, a); }
   static Reg set1(T a) { return _mm256_set1_ps(a); }
   static Reg add(Reg a, Reg b) { return _mm256_add_ps(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm256_sub_ps(a, b); }
@@ -55,8 +56,9 @@ struct Vec<float> {
     const __m256 even = _mm256_shuffle_ps(front, back, _MM_SHUFFLE(2, 0, 2, 0));
     return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(even), _MM_SHUFFLE(3, 1, 2, 0)));
   }
-  static void transpose_4x4(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
-    transpose_4x4_x86(from, from_stride, to, to_stride);
+  template <int Block>
+  static void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, Constant<Block> block) {
+    transpose_x86(from, from_stride, to, to_stride, block);
   }
 };
 
@@ -64,7 +66,7 @@ template <>
 struct Vec<double> {
   using T = double;
   using Reg = __m256d;
-  static constexpr int width = 4;
+  static constexpr int width = 4, block = 4;
 
   static __m256i head(int n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
 
@@ -77,6 +79,7 @@ struct Vec<double> {
   }
   static void store(T* p, Reg a) { _mm256_storeu_pd(p, a); }
   static void store_n(T* p, Reg a, int n) { _mm256_maskstore_pd(p, head(n), a); }
+  static void store_n(T* p, Reg a, Constant<width>) { store(p, a); }
   static Reg set1(T a) { return _mm256_set1_pd(a); }
   static Reg add(Reg a, Reg b) { return _mm256_add_pd(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm256_sub_pd(a, b); }
@@ -98,8 +101,9 @@ struct Vec<double> {
     const Reg front = load_n(p, 2 * n - 1), back = load_n(p + width, 2 * n - 1 - width);
     return _mm256_permute4x64_pd(_mm256_unpacklo_pd(front, back), _MM_SHUFFLE(3, 1, 2, 0));
   }
-  static void transpose_4x4(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
-    transpose_4x4_x86(from, from_stride, to, to_stride);
+  template <int Block>
+  static void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, Constant<Block> block) {
+    transpose_x86(from, from_stride, to, to_stride, block);
   }
 };
 

@@ -4,7 +4,8 @@
 // * *_n touch exactly the first n elements of memory, 0 <= n <= width; a load sets the others to zero.
 //   n may be Constant<width>, which makes it the plain load or store.
 // * load_even(p, n) gives p[0], p[2], ..., p[2n - 2], n <= width, and touches nothing behind the last.
-// * transpose_4x4 writes to[j][i] = from[i][j] for 4 x 4 elements of rows `from_stride` and `to_stride` apart.
+// * transpose writes to[j][i] = from[i][j] for a square of rows `from_stride` and `to_stride` apart, 4 x 4 or, where
+//   that is larger, `block` x `block`.
 // * in_register(a) is a, which the compiler may not turn back into a memory operand: GCC would load a value again for
 //   each of its uses.
 // * max(a, b) and min(a, b) give b where either is NaN, so the value that may be NaN goes second.
@@ -32,7 +33,7 @@ template <>
 struct Vec<float> {
   using T = float;
   using Reg = __m512;
-  static constexpr int width = 16;
+  static constexpr int width = 16, block = 8;
 
   static __mmask16 head(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -45,6 +46,7 @@ struct Vec<float> {
   }
   static void store(T* p, Reg a) { _mm512_storeu_ps(p, a); }
   static void store_n(T* p, Reg a, int n) { _mm512_mask_storeu_ps(p, head(n), a); }
+  static void store_n(T* p, Reg a, Constant<width>) { store(p, a); }
   static Reg set1(T a) { return _mm512_set1_ps(a); }
   static Reg add(Reg a, Reg b) { return _mm512_add_ps(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm512_sub_ps(a, b); }
@@ -64,8 +66,9 @@ struct Vec<float> {
     return _mm512_permutex2var_ps(_mm512_maskz_loadu_ps(static_cast<__mmask16>(touched), p), even,
                                   _mm512_maskz_loadu_ps(static_cast<__mmask16>(touched >> width), p + width));
   }
-  static void transpose_4x4(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
-    transpose_4x4_x86(from, from_stride, to, to_stride);
+  template <int Block>
+  static void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, Constant<Block> block) {
+    transpose_x86(from, from_stride, to, to_stride, block);
   }
 };
 
@@ -73,7 +76,7 @@ template <>
 struct Vec<double> {
   using T = double;
   using Reg = __m512d;
-  static constexpr int width = 8;
+  static constexpr int width = 8, block = 4;
 
   static __mmask8 head(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
 
@@ -86,6 +89,7 @@ struct Vec<double> {
   }
   static void store(T* p, Reg a) { _mm512_storeu_pd(p, a); }
   static void store_n(T* p, Reg a, int n) { _mm512_mask_storeu_pd(p, head(n), a); }
+  static void store_n(T* p, Reg a, Constant<width>) { store(p, a); }
   static Reg set1(T a) { return _mm512_set1_pd(a); }
   static Reg add(Reg a, Reg b) { return _mm512_add_pd(a, b); }
   static Reg sub(Reg a, Reg b) { return _mm512_sub_pd(a, b); }
@@ -105,8 +109,9 @@ struct Vec<double> {
     return _mm512_permutex2var_pd(_mm512_maskz_loadu_pd(static_cast<__mmask8>(touched), p), even,
                                   _mm512_maskz_loadu_pd(static_cast<__mmask8>(touched >> width), p + width));
   }
-  static void transpose_4x4(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
-    transpose_4x4_x86(from, from_stride, to, to_stride);
+  template <int Block>
+  static void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, Constant<Block> block) {
+    transpose_x86(from, from_stride, to, to_stride, block);
   }
 };
 

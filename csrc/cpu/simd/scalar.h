@@ -14,7 +14,7 @@ namespace {
 template <class Element>
 struct Vec {
   using T = Element;
-  static constexpr int width = 4;
+  static constexpr int width = 4, block = 4;
   struct Reg {
     T lane[width];
   };
@@ -73,7 +73,7 @@ struct Vec {
   static Reg load_even(const T* p, int n) {
     return each([&](int i) { return i < n ? p[2 * i] : T(0); });
   }
-  static void transpose_4x4(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+  static void transpose(const T* from, int64_t from_stride, T* to, int64_t to_stride, Constant<4>) {
     for (int i = 0; i < 4; ++i)
       for (int j = 0; j < 4; ++j) to[j * to_stride + i] = from[i * from_stride + j];
   }
