@@ -13,6 +13,7 @@
 
 #include <string.h>
 
+#include "backward_sums.h"
 #include "depthwise_backward.h"
 #include "kernel.h"
 #include "pointwise.h"
@@ -133,11 +134,11 @@ struct Backward {
     keep_rows(b);
     for (int64_t q = work.panel_begin; q < work.panel_end; ++q) {
       const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
-      const Plane x = input_of(b, channel, channels);
+      const Window<T> x = input_of(b, channel, channels);
       for (int64_t filter = 0; filter < p.multiplier; ++filter) {
         const int64_t index = q * p.multiplier + filter;
         const bool mid = p.mid_activation != Activation::identity;
-        if (pointwise || (plan.need_inner && mid)) values_of(b, x, channel, channels, filter, pointwise);
+        if (pointwise || (plan.need_inner && mid)) values_of(b, x, channel, filter, pointwise);
         if (pointwise) pointwise_gradient(b, index, channels);
         if (!plan.need_inner) continue;
         T* const dt = ring(q, filter, b.begin);
@@ -259,16 +260,10 @@ struct Backward {
 
   // ---- the depthwise half -------------------------------------------------------------------------------------------
 
-  // A panel of channels of x: pixel (y, x) at pixels + y * row_stride + x * pixel_stride. Only the rows that the band's
-  // taps touch are there.
-  struct Plane {
-    const T* pixels;
-    int64_t row_stride, pixel_stride;
-  };
-
-  Plane input_of(const Band& b, int64_t channel, int64_t channels) const {
+  // A panel of channels of x. Only the rows that the band's taps touch are there.
+  Window<T> input_of(const Band& b, int64_t channel, int64_t channels) const {
     const T* image = static_cast<const T*>(plan.input) + b.image * p.channels * p.height * p.width;
-    if (p.layout == Layout::nhwc) return {image + channel, p.width * p.channels, p.channels};
+    if (p.layout == Layout::nhwc) return window_of(p, image + channel, p.width * p.channels, p.channels, channels);
     const int64_t top = b.begin * p.stride_h - p.pad_top;
     const int64_t begin = smaller(p.height, larger<int64_t>(0, top));
     const int64_t bottom = top + (b.end - b.begin - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
@@ -277,26 +272,14 @@ struct Backward {
     if (end > begin)
       transpose<V>(image + channel * p.height * p.width + begin * p.width, channels, (end - begin) * p.width,
                    p.height * p.width, copy, panel);
-    return {copy - begin * p.width * panel, p.width * panel, panel};
+    return window_of<T>(p, copy - begin * p.width * panel, p.width * panel, panel, channels);
   }
 
   // t and u of one filter.
-  void values_of(const Band& b, const Plane& x, int64_t channel, int64_t channels, int64_t filter,
-                 bool need_values) const {
+  void values_of(const Band& b, const Window<T>& x, int64_t channel, int64_t filter, bool need_values) const {
     T* const values = scratch + s.values;
     T* const arguments = plan.mid_from_output ? values : scratch + s.arguments;
-    ChannelsLastRow<T> row;
-    row.plane = x.pixels;
-    row.height = p.height;
-    row.width = p.width;
-    row.row_stride = x.row_stride;
-    row.pixel_stride = x.pixel_stride;
-    row.channels = channels;
-    row.taps_h = p.kernel_h;
-    row.taps_w = p.kernel_w;
-    row.stride_w = p.stride_w;
-    row.dilation_h = p.dilation_h;
-    row.dilation_w = p.dilation_w;
+    ChannelsLastRow<T> row(x);
     row.left = -p.pad_left;
     row.pixels = plan.out_width;
     row.weight =
@@ -337,22 +320,11 @@ struct Backward {
     }
   }
 
-  void depthwise_gradient(const Band& b, const Plane& x, int64_t index, int64_t channels, const T* dt) const {
+  void depthwise_gradient(const Band& b, const Window<T>& x, int64_t index, int64_t channels, const T* dt) const {
     const int64_t taps = p.kernel_h * p.kernel_w;
     if (plan.gradients.depthwise_weight != nullptr) {
-      WeightGradient<T> g;
-      g.plane = x.pixels;
-      g.height = p.height;
-      g.width = p.width;
-      g.row_stride = x.row_stride;
-      g.pixel_stride = x.pixel_stride;
-      g.channels = channels;
-      g.taps_h = p.kernel_h;
-      g.taps_w = p.kernel_w;
+      WeightGradient<T> g(x);
       g.stride_h = p.stride_h;
-      g.stride_w = p.stride_w;
-      g.dilation_h = p.dilation_h;
-      g.dilation_w = p.dilation_w;
       g.pad_top = p.pad_top;
       g.pad_left = p.pad_left;
       g.row_begin = b.begin;
@@ -418,12 +390,12 @@ struct Backward {
 
   void rows_of_input(int64_t begin, int64_t end, int64_t q, int64_t channel, int64_t channels, T* to, int64_t to_stride,
                      bool whole_vectors) const {
-    InputGradient<T> g;
-    g.height = plan.out_height;
-    g.width = plan.out_width;
-    g.row_stride = plan.out_width * panel;
-    g.pixel_stride = panel;
-    g.channels = channels;
+    InputGradient<T> g = {};
+    g.window.height = plan.out_height;
+    g.window.width = plan.out_width;
+    g.window.row_stride = plan.out_width * panel;
+    g.window.pixel_stride = panel;
+    g.window.channels = channels;
     g.taps_h = ReversedTaps(p.kernel_h, p.stride_h, p.dilation_h);
     g.taps_w = ReversedTaps(p.kernel_w, p.stride_w, p.dilation_w);
     g.pad_top = p.pad_top;
@@ -438,69 +410,11 @@ struct Backward {
     g.output_stride = to_stride;
     g.whole_vectors = whole_vectors;
     for (int64_t filter = 0; filter < p.multiplier; ++filter) {
-      g.plane = ring(q, filter, 0);
+      g.window.plane = ring(q, filter, 0);
       g.weight = packed<T>(plan, layout.reversed) + filter * p.kernel_h * p.kernel_w * layout.padded_channels + channel;
       g.add = filter > 0;
       input_gradient<V, Run>(g);
     }
-  }
-
-  // ---- the sums of the parts ----------------------------------------------------------------------------------------
-
-  // Adds the sums [offset, offset + count) of all parts, in their order, into the first part's.
-  static T* add_parts(const BackwardPlan& plan, int64_t offset, int64_t count) {
-    T* const total = static_cast<T*>(plan.sums) + offset;
-    if (plan.parts == 1) return total;
-    for (int64_t i = 0; i < count; i += V::width) {
-      const int lanes = static_cast<int>(smaller<int64_t>(V::width, count - i));
-      auto acc = V::load_n(total + i, lanes);
-      for (int64_t part = 1; part < plan.parts; ++part)
-        acc = V::add(acc, V::load_n(total + part * plan.layout.sums_elements + i, lanes));
-      V::store_n(total + i, acc, lanes);
-    }
-    return total;
-  }
-
-  static void finish_depthwise(const BackwardPlan& plan, int64_t q) {
-    const Problem& p = plan.problem;
-    const int64_t m = p.multiplier, taps = p.kernel_h * p.kernel_w;
-    const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
-    for (int64_t filter = 0; filter < m; ++filter) {
-      const int64_t index = q * m + filter, first = channel * m + filter;
-      if (T* to = static_cast<T*>(plan.gradients.depthwise_weight)) {
-        const T* sums = add_parts(plan, plan.layout.depthwise_sums + index * taps * panel, taps * panel);
-        for (int64_t c = 0; c < channels; ++c)
-          for (int64_t tap = 0; tap < taps; ++tap) to[(first + c * m) * taps + tap] = sums[tap * panel + c];
-      }
-      if (T* to = static_cast<T*>(plan.gradients.depthwise_bias)) {
-        const T* sums = add_parts(plan, plan.layout.depthwise_bias_sums + index * panel, panel);
-        for (int64_t c = 0; c < channels; ++c) to[first + c * m] = sums[c];
-      }
-    }
-  }
-
-  static void finish_pointwise(const BackwardPlan& plan, int64_t begin, int64_t end) {
-    const Problem& p = plan.problem;
-    const int64_t m = p.multiplier, depth = p.channels * m;
-    T* const gradient = static_cast<T*>(plan.gradients.pointwise_weight);
-    for (int64_t q = 0; gradient != nullptr && !plan.direct && q < plan.layout.panels; ++q) {
-      const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
-      for (int64_t filter = 0; filter < m; ++filter) {
-        const T* sums =
-            add_parts(plan, plan.layout.pointwise_sums + ((q * m + filter) * p.out_channels + begin) * panel,
-                      (end - begin) * panel);
-        T* to = gradient + begin * depth + channel * m + filter;
-        for (int64_t k = begin; k < end; ++k, sums += panel, to += depth) {
-          if (m == 1)
-            memcpy(to, sums, static_cast<size_t>(channels) * sizeof(T));
-          else
-            for (int64_t c = 0; c < channels; ++c) to[c * m] = sums[c];
-        }
-      }
-    }
-    if (T* to = static_cast<T*>(plan.gradients.bias))
-      memcpy(to + begin, add_parts(plan, plan.layout.bias_sums + begin, end - begin),
-             static_cast<size_t>(end - begin) * sizeof(T));
   }
 };
 
@@ -516,12 +430,12 @@ void backward_work(const BackwardPlan& plan, const BackwardWork& work, void* scr
 
 template <class V, class Shape>
 void finish_depthwise(const BackwardPlan& plan, int64_t panel) {
-  Backward<V, Shape>::finish_depthwise(plan, panel);
+  BackwardSums<V, Shape>::finish_depthwise(plan, panel);
 }
 
 template <class V, class Shape>
 void finish_pointwise(const BackwardPlan& plan, int64_t begin, int64_t end) {
-  Backward<V, Shape>::finish_pointwise(plan, begin, end);
+  BackwardSums<V, Shape>::finish_pointwise(plan, begin, end);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 // Both add the taps in the order (r, s), so a pixel's value does not depend on the tile that it falls in.
 #pragma once
 
+#include "../fastsep.h"
 #include "activation.h"
 #include "vector.h"
 
@@ -16,18 +17,30 @@ namespace {
 
 // ---- channels-last ------------------------------------------------------------------------------------------------
 
-// Output pixels of one row, one filter per channel, on a plane of height x width pixels.
-//
-//   output[p][c] = clamp(start[p][c] + sum over r, s of plane[top + r*dilation_h][left + p*stride_w + s*dilation_w][c]
-//   *
-//                                                       weight[r][s][c])
+// Some channels of a channels-last plane, and the taps that look at it.
 template <class T>
-struct ChannelsLastRow {
+struct Window {
   const T* plane;
   int64_t height, width;
   int64_t row_stride, pixel_stride;  // elements from one row or pixel of the plane to the next
   int64_t channels;
   int64_t taps_h, taps_w, stride_w, dilation_h, dilation_w;
+};
+
+template <class T>
+Window<T> window_of(const Problem& p, const T* plane, int64_t row_stride, int64_t pixel_stride, int64_t channels) {
+  return {plane,      p.height,   p.width,    row_stride,   pixel_stride, channels,
+          p.kernel_h, p.kernel_w, p.stride_w, p.dilation_h, p.dilation_w};
+}
+
+// Output pixels of one row, one filter per channel.
+//
+//   output[p][c] = clamp(start[p][c] + sum over r, s of plane[top + r*dilation_h][left + p*stride_w + s*dilation_w][c]
+//   *
+//                                                       weight[r][s][c])
+template <class T>
+struct ChannelsLastRow : Window<T> {
+  explicit ChannelsLastRow(const Window<T>& window) : Window<T>(window) {}
   int64_t top, left;
   int64_t pixels;
   const T* weight;  // tap t, channel c at weight[t * weight_stride + c], with whole vectors behind the last channel

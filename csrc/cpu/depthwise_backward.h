@@ -19,11 +19,9 @@ namespace {
 
 // Some rows of dt, up to a panel of channels.
 template <class T>
-struct WeightGradient {
-  const T* plane;  // x, as in ChannelsLastRow
-  int64_t height, width, row_stride, pixel_stride;
-  int64_t channels;
-  int64_t taps_h, taps_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
+struct WeightGradient : Window<T> {  // on x
+  explicit WeightGradient(const Window<T>& window) : Window<T>(window) {}
+  int64_t stride_h, pad_top, pad_left;
   int64_t row_begin, row_end, columns;  // of dt
   const T* gradient;                    // dt, rows row_begin and on, dense
   int64_t gradient_stride;              // elements from one pixel of dt to the next
@@ -169,9 +167,7 @@ void weight_gradient(const WeightGradient<typename V::T>& g) {
 // depthwise convolution of dt with stride 1 and the taps of one class in reverse (ReversedTaps in kernel.h).
 template <class T>
 struct InputGradient {
-  const T* plane;  // dt, as in ChannelsLastRow; only rows that the wanted rows of dx reach are read
-  int64_t height, width, row_stride, pixel_stride;
-  int64_t channels;
+  Window<T> window;  // on dt, of which only rows that the wanted rows of dx reach are read; the taps are set here
   ReversedTaps taps_h, taps_w;
   int64_t pad_top, pad_left;
   int64_t row_begin, row_end, columns;  // of dx
@@ -187,13 +183,7 @@ struct InputGradient {
 template <class V, int Run>
 void input_gradient(const InputGradient<typename V::T>& g) {
   using T = typename V::T;
-  ChannelsLastRow<T> row;
-  row.plane = g.plane;
-  row.height = g.height;
-  row.width = g.width;
-  row.row_stride = g.row_stride;
-  row.pixel_stride = g.pixel_stride;
-  row.channels = g.channels;
+  ChannelsLastRow<T> row(g.window);
   row.stride_w = 1;
   row.dilation_h = g.taps_h.output_dilation();
   row.dilation_w = g.taps_w.output_dilation();

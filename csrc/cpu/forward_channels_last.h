@@ -41,17 +41,8 @@ struct ForwardChannelsLast {
   // What every row of the problem's depthwise half has in common, for one of its filters.
   static ChannelsLastRow<T> row_of(const ForwardPlan& plan, int64_t image, int64_t filter) {
     const Problem& p = plan.problem;
-    ChannelsLastRow<T> row;
-    row.plane = static_cast<const T*>(plan.input) + image * p.height * p.width * p.channels;
-    row.height = p.height;
-    row.width = p.width;
-    row.row_stride = p.width * p.channels;
-    row.pixel_stride = row.channels = p.channels;
-    row.taps_h = p.kernel_h;
-    row.taps_w = p.kernel_w;
-    row.stride_w = p.stride_w;
-    row.dilation_h = p.dilation_h;
-    row.dilation_w = p.dilation_w;
+    const T* plane = static_cast<const T*>(plan.input) + image * p.height * p.width * p.channels;
+    ChannelsLastRow<T> row(window_of(p, plane, p.width * p.channels, p.channels, p.channels));
     row.weight = packed<T>(plan, plan.layout.depthwise_channels_last) +
                  filter * p.kernel_h * p.kernel_w * plan.layout.padded_channels;
     row.weight_stride = plan.layout.padded_channels;
