@@ -23,10 +23,11 @@ void check(Status status) {
 }
 
 Problem to_problem(const py::tuple& fields) {
-  constexpr size_t count = 20;
-  if (fields.size() != count) throw py::value_error("a problem has 20 fields");
-  int64_t v[count];
-  for (size_t i = 0; i < count; ++i) v[i] = fields[i].cast<int64_t>();
+  constexpr size_t count = 20, expanded_count = 23;
+  if (fields.size() != count && fields.size() != expanded_count)
+    throw py::value_error("a problem has 20 fields, or 23 with an expansion");
+  int64_t v[expanded_count] = {};
+  for (size_t i = 0; i < fields.size(); ++i) v[i] = fields[i].cast<int64_t>();
   const auto number = [](int64_t value) {
     return value >= 0 && value < 1000 ? static_cast<int32_t>(value) : int32_t{-1};
   };
@@ -41,6 +42,9 @@ Problem to_problem(const py::tuple& fields) {
   p.layout = static_cast<Layout>(number(v[17]));
   p.mid_activation = static_cast<Activation>(number(v[18]));
   p.activation = static_cast<Activation>(number(v[19]));
+  p.expand_channels = v[20];
+  p.expand_activation = static_cast<Activation>(number(v[21]));
+  p.residual = v[22] != 0;
   check(validate(p));
   return p;
 }
@@ -69,8 +73,10 @@ Isa fast_isa(const std::string& name) {
 const void* address(uintptr_t value) { return reinterpret_cast<const void*>(value); }
 void* mutable_address(uintptr_t value) { return reinterpret_cast<void*>(value); }
 
-Weights to_weights(uintptr_t depthwise_weight, uintptr_t depthwise_bias, uintptr_t pointwise_weight, uintptr_t bias) {
-  return {address(depthwise_weight), address(depthwise_bias), address(pointwise_weight), address(bias)};
+Weights to_weights(uintptr_t depthwise_weight, uintptr_t depthwise_bias, uintptr_t pointwise_weight, uintptr_t bias,
+                   uintptr_t expand_weight = 0, uintptr_t expand_bias = 0) {
+  return {address(depthwise_weight), address(depthwise_bias), address(pointwise_weight), address(bias),
+          address(expand_weight),    address(expand_bias)};
 }
 
 Gradients to_gradients(uintptr_t input, uintptr_t depthwise_weight, uintptr_t depthwise_bias,
@@ -137,10 +143,12 @@ void run_forward(const Problem& problem, Isa isa, bool with_packed, Run run) {
 }
 
 void forward_plain(const py::tuple& fields, const std::string& isa_name, uintptr_t input, uintptr_t depthwise_weight,
-                   uintptr_t depthwise_bias, uintptr_t pointwise_weight, uintptr_t bias, uintptr_t output) {
+                   uintptr_t depthwise_bias, uintptr_t pointwise_weight, uintptr_t bias, uintptr_t output,
+                   uintptr_t expand_weight, uintptr_t expand_bias) {
   const Problem problem = to_problem(fields);
   const Isa isa = fast_isa(isa_name);
-  const Weights weights = to_weights(depthwise_weight, depthwise_bias, pointwise_weight, bias);
+  const Weights weights =
+      to_weights(depthwise_weight, depthwise_bias, pointwise_weight, bias, expand_weight, expand_bias);
   run_forward(problem, isa, true, [&](void* memory, size_t bytes, const Executor& executor) {
     return forward_unpacked(problem, isa, address(input), weights, mutable_address(output), memory, bytes, executor);
   });
@@ -207,25 +215,37 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     check(packed_bytes(to_problem(fields), fast_isa(isa), &bytes));
     return bytes;
   });
-  m.def("pack", [](const py::tuple& fields, const std::string& isa, uintptr_t depthwise_weight,
-                   uintptr_t depthwise_bias, uintptr_t pointwise_weight, uintptr_t bias, uintptr_t packed,
-                   size_t packed_size) {
-    check(pack(to_problem(fields), fast_isa(isa), to_weights(depthwise_weight, depthwise_bias, pointwise_weight, bias),
-               mutable_address(packed), packed_size, current_executor()));
-  });
-  m.def("forward", &forward_plain);
+  m.def(
+      "pack",
+      [](const py::tuple& fields, const std::string& isa, uintptr_t depthwise_weight, uintptr_t depthwise_bias,
+         uintptr_t pointwise_weight, uintptr_t bias, uintptr_t packed, size_t packed_size, uintptr_t expand_weight,
+         uintptr_t expand_bias) {
+        const Weights weights =
+            to_weights(depthwise_weight, depthwise_bias, pointwise_weight, bias, expand_weight, expand_bias);
+        check(
+            pack(to_problem(fields), fast_isa(isa), weights, mutable_address(packed), packed_size, current_executor()));
+      },
+      py::arg("problem"), py::arg("isa"), py::arg("depthwise_weight"), py::arg("depthwise_bias"),
+      py::arg("pointwise_weight"), py::arg("bias"), py::arg("packed"), py::arg("packed_size"),
+      py::arg("expand_weight") = 0, py::arg("expand_bias") = 0);
+  m.def("forward", &forward_plain, py::arg("problem"), py::arg("isa"), py::arg("input"), py::arg("depthwise_weight"),
+        py::arg("depthwise_bias"), py::arg("pointwise_weight"), py::arg("bias"), py::arg("output"),
+        py::arg("expand_weight") = 0, py::arg("expand_bias") = 0);
   m.def("forward_packed", &forward_packed);
   m.def(
       "reference_forward",
       [](const py::tuple& fields, uintptr_t input, uintptr_t depthwise_weight, uintptr_t depthwise_bias,
-         uintptr_t pointwise_weight, uintptr_t bias, uintptr_t output, bool magnitude) {
+         uintptr_t pointwise_weight, uintptr_t bias, uintptr_t output, bool magnitude, uintptr_t expand_weight,
+         uintptr_t expand_bias) {
         const Problem problem = to_problem(fields);
-        const Weights weights = to_weights(depthwise_weight, depthwise_bias, pointwise_weight, bias);
+        const Weights weights =
+            to_weights(depthwise_weight, depthwise_bias, pointwise_weight, bias, expand_weight, expand_bias);
         py::gil_scoped_release release;
         reference_forward(problem, address(input), weights, static_cast<double*>(mutable_address(output)), magnitude);
       },
       py::arg("problem"), py::arg("input"), py::arg("depthwise_weight"), py::arg("depthwise_bias"),
-      py::arg("pointwise_weight"), py::arg("bias"), py::arg("output"), py::arg("magnitude") = false);
+      py::arg("pointwise_weight"), py::arg("bias"), py::arg("output"), py::arg("magnitude") = false,
+      py::arg("expand_weight") = 0, py::arg("expand_bias") = 0);
   m.def("backward", &backward_plain);
   m.def("derivative_from_output", [](int32_t activation) {
     if (activation < 0 || activation >= activation_count) throw py::value_error("unknown activation number");

@@ -14,6 +14,11 @@
 //
 // K = 0 stands for the depthwise half alone: y is t, [N, C*m, OH, OW], and `activation` must be the identity.
 //
+// With expand_channels = E > 0 a pointwise convolution goes before, as in the inverted residual blocks of MobileNetV2:
+// the depthwise half sees expand_act(expand(x) + expand_bias) instead of x, where x is [N, E, H, W] and expand_weight
+// [C, E]; outside the plane there is still nothing. With `residual` x is added to y after act (E = K, same plane). Both
+// for nhwc and m = 1, and forward only.
+//
 // The gradients, for g = dL/dy, with t without mid_act, u = mid_act(t), v = pointwise(u) + bias:
 //
 //   dv = g * act'(v)               d bias = sum of dv                d pointwise_weight[k, i] = sum of dv[k] * u[i]
@@ -56,6 +61,7 @@ enum class Status : int32_t {
   empty_output,     // the dilated kernel is larger than the padded plane
   overflow,         // a product of sizes does not fit in 63 bits
   bad_enum,         // a dtype, layout or activation outside its enumeration
+  bad_expansion,    // an expansion or residual where there is none, see above
   unsupported_isa,  // the named instruction set is not there on this machine
   small_workspace,  // less than workspace_bytes() asked for
   bad_packed,       // packed weights made for another problem or instruction set
@@ -75,6 +81,9 @@ struct Problem {
   Dtype dtype;
   Layout layout;
   Activation mid_activation, activation;
+  int64_t expand_channels;  // 0: no expansion
+  Activation expand_activation;
+  bool residual;
 };
 
 // Checks every field and every product that the kernels form; the other calls expect a problem that passed.
@@ -114,7 +123,9 @@ struct Weights {
   const void* depthwise_weight;
   const void* depthwise_bias;  // may be null
   const void* pointwise_weight;
-  const void* bias;  // may be null
+  const void* bias;           // may be null
+  const void* expand_weight = nullptr;  // [C, E]; null without an expansion
+  const void* expand_bias = nullptr;    // may be null
 };
 Status pack(const Problem& problem, Isa isa, const Weights& weights, void* packed, size_t bytes,
             const Executor& executor);

@@ -29,6 +29,7 @@ def last_isa() -> str:
 #   kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w,
 #   pad_top, pad_bottom, pad_left, pad_right,
 #   dtype (0 float32, 1 float64), layout (0 NCHW, 1 channels-last), mid_activation, activation
+# and, for an inverted residual block, expand_channels, expand_activation, residual (0 or 1).
 # `isa` is a name, or "" for the best. Addresses are integers, 0 for a bias that is not there.
 # With out_channels = 0 a problem is the depthwise half alone: no pointwise_weight, bias or activation.
 # All raise ValueError for a problem that csrc/fastsep.h's validate() refuses.
@@ -43,6 +44,8 @@ def pack(
     bias: int,
     packed: int,
     packed_size: int,
+    expand_weight: int = 0,
+    expand_bias: int = 0,
 ) -> None: ...
 def forward(
     problem: tuple[int, ...],
@@ -53,6 +56,8 @@ def forward(
     pointwise_weight: int,
     bias: int,
     output: int,
+    expand_weight: int = 0,
+    expand_bias: int = 0,
 ) -> None: ...
 def forward_packed(
     problem: tuple[int, ...], isa: str, input: int, packed: int, packed_size: int, output: int
@@ -104,6 +109,8 @@ def reference_forward(
     bias: int,
     output: int,
     magnitude: bool = False,
+    expand_weight: int = 0,
+    expand_bias: int = 0,
 ) -> None:
     """The double-precision oracle; output is always float64, in the problem's layout."""
 

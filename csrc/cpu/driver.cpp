@@ -39,9 +39,34 @@ void share_out(int threads, ForwardPlan* plan) {
   }
 }
 
+// With an expansion a tile is many rows of one image, worked on in bands: a tile's first rows of e are computed a
+// second time, so there are no more tiles than keep the threads busy.
+void partition_expanded(const Kernel& kernel, int threads, ForwardPlan* plan) {
+  const Problem& p = plan->problem;
+  const int64_t element = p.dtype == Dtype::f32 ? 4 : 8, panel = kernel.shape.vector * kernel.shape.columns;
+  // Of one output row: the depthwise output, and for the rows of the plane it adds x and one panel of e.
+  const int64_t row_bytes =
+      element * (plan->layout.padded_channels * plan->out_width + p.stride_h * (p.expand_channels + panel) * p.width);
+  plan->band_rows = most(1, least(plan->out_height, tile_bytes / row_bytes));
+  plan->row_tiles = plan->column_tiles = plan->panel_tiles = 1;
+  const double again = static_cast<double>(most(0, (p.kernel_h - 1) * p.dilation_h + 1 - p.stride_h)) /
+                       static_cast<double>(2 * p.stride_h);
+  double least_cost = 0;
+  for (int64_t row_tiles = 1; row_tiles <= least(plan->out_height, threads); ++row_tiles) {
+    const int64_t turns = divide_up(p.batch * row_tiles, threads);
+    const double rows = static_cast<double>(divide_up(plan->out_height, row_tiles)) + (row_tiles > 1 ? again : 0);
+    const double cost = static_cast<double>(turns) * rows;
+    if (least_cost == 0 || cost < least_cost) {
+      least_cost = cost;
+      plan->row_tiles = row_tiles;
+    }
+  }
+  plan->band_rows = least(plan->band_rows, divide_up(plan->out_height, plan->row_tiles));
+}
+
 // How the work is cut. It depends on the number of threads, but no sum does: a tile's border changes which pixels are
 // computed together, never the order in which one pixel's products are added.
-void partition(const Kernel& kernel, int threads, ForwardPlan* plan) {
+void partition_plain(const Kernel& kernel, int threads, ForwardPlan* plan) {
   const Problem& p = plan->problem;
   const int64_t element = p.dtype == Dtype::f32 ? 4 : 8;
   const int64_t pixel_bytes = p.multiplier * plan->layout.padded_channels * element;
@@ -54,6 +79,13 @@ void partition(const Kernel& kernel, int threads, ForwardPlan* plan) {
   plan->panel_tiles = 1;
 
   if (threads > 1) share_out(threads, plan);
+}
+
+void partition(const Kernel& kernel, int threads, ForwardPlan* plan) {
+  if (plan->problem.expand_channels > 0)
+    partition_expanded(kernel, threads, plan);
+  else
+    partition_plain(kernel, threads, plan);
   plan->scratch_bytes = kernel.scratch_bytes(*plan, divide_up(plan->out_height, plan->row_tiles),
                                              divide_up(plan->out_width, plan->column_tiles));
   plan->scratch_bytes = divide_up(plan->scratch_bytes, 64) * 64;

@@ -3,6 +3,7 @@
 
 #include "backward.h"
 #include "forward_channels_last.h"
+#include "forward_expanded.h"
 #include "forward_planar.h"
 
 namespace fastsep {
@@ -11,6 +12,7 @@ namespace {
 
 template <class V, class Shape>
 int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
+  if (plan.problem.expand_channels > 0) return ForwardExpanded<V, Shape>::scratch_bytes(plan);
   return plan.problem.layout == Layout::nhwc ? ForwardChannelsLast<V, Shape>::scratch_bytes(plan, rows, columns)
                                              : ForwardPlanar<V, Shape>::scratch_bytes(plan, rows, columns);
 }
@@ -18,7 +20,9 @@ int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
 template <class V, class Shape>
 void forward_tile(const ForwardPlan& plan, const Tile& tile, void* scratch) {
   auto* elements = static_cast<typename V::T*>(scratch);
-  if (plan.problem.layout == Layout::nhwc)
+  if (plan.problem.expand_channels > 0)
+    ForwardExpanded<V, Shape>::run(plan, tile, elements);
+  else if (plan.problem.layout == Layout::nhwc)
     ForwardChannelsLast<V, Shape>::run(plan, tile, elements);
   else
     ForwardPlanar<V, Shape>::run(plan, tile, elements);

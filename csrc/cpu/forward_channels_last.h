@@ -52,39 +52,29 @@ struct ForwardChannelsLast {
     return row;
   }
 
-  // Depthwise for pixels [begin, end) of one output row, into a group at its pixel `slot`.
-  static void depthwise_row(const ForwardPlan& plan, int64_t image, int64_t out_row, int64_t begin, int64_t end,
-                            T* group, int64_t slot) {
+  // One filter of each channel that `base` describes, for all pixels of the tile; `out` is the first group's place of
+  // these channels.
+  static void depthwise_tile(const ForwardPlan& plan, const Tile& tile, const Groups& groups,
+                             const ChannelsLastRow<T>& base, T* out) {
     const Problem& p = plan.problem;
-    for (int64_t filter = 0; filter < p.multiplier; ++filter) {
-      ChannelsLastRow<T> row = row_of(plan, image, filter);
-      row.top = out_row * p.stride_h - p.pad_top;
-      row.left = begin * p.stride_w - p.pad_left;
-      row.pixels = end - begin;
-      row.output = group + filter * plan.layout.padded_channels * Rows + slot * V::width;
-      row.output_stride = V::width;
-      row.output_vector_stride = Rows * V::width;
-      row.whole_vectors = true;
-      channels_last_row<V, Run>(row);
-    }
-  }
-
-  static void depthwise_tile(const ForwardPlan& plan, const Tile& tile, const Groups& groups, T* scratch) {
     const int64_t columns = tile.column_end - tile.column_begin, elements = group_elements(plan);
-    T* group = scratch;
+    ChannelsLastRow<T> row = base;
+    row.output_stride = V::width;
+    row.output_vector_stride = Rows * V::width;
+    row.whole_vectors = true;
     for (int64_t r = 0; r < groups.runs; ++r) {
-      for (int64_t g = 0; g < groups.per_run; ++g, group += elements) {
+      for (int64_t g = 0; g < groups.per_run; ++g, out += elements) {
         const int64_t begin = groups.begin(g), end = groups.begin(g + 1);
-        for (int64_t pixel = begin; pixel < end;) {
-          const int64_t row = r + pixel / columns, column = pixel % columns;
-          const int64_t stop = smaller(columns, column + end - pixel);
-          depthwise_row(plan, tile.image, tile.row_begin + row, tile.column_begin + column, tile.column_begin + stop,
-                        group, pixel - begin);
-          pixel += stop - column;
+        for (int64_t pixel = begin; pixel < end; pixel += row.pixels) {
+          const int64_t column = pixel % columns;
+          row.top = (tile.row_begin + r + pixel / columns) * p.stride_h - p.pad_top;
+          row.left = (tile.column_begin + column) * p.stride_w - p.pad_left;
+          row.pixels = smaller(columns - column, end - pixel);
+          row.output = out + (pixel - begin) * V::width;
+          channels_last_row<V, Run>(row);
         }
       }
     }
-    if (!is_clamp(plan.problem.mid_activation)) activate<V>(plan.problem.mid_activation, scratch, group - scratch);
   }
 
   // The depthwise half alone, straight into the output; the filters of a multiplier lie between each other there.
@@ -113,11 +103,20 @@ struct ForwardChannelsLast {
   }
 
   static void run(const ForwardPlan& plan, const Tile& tile, T* scratch) {
-    if (plan.problem.out_channels == 0) return run_depthwise(plan, tile, scratch);
     const Problem& p = plan.problem;
-    const int64_t columns = tile.column_end - tile.column_begin, elements = group_elements(plan);
-    const Groups groups = groups_of(plan, tile.row_end - tile.row_begin, columns);
-    depthwise_tile(plan, tile, groups, scratch);
+    if (p.out_channels == 0) return run_depthwise(plan, tile, scratch);
+    const Groups groups = groups_of(plan, tile.row_end - tile.row_begin, tile.column_end - tile.column_begin);
+    for (int64_t filter = 0; filter < p.multiplier; ++filter)
+      depthwise_tile(plan, tile, groups, row_of(plan, tile.image, filter),
+                     scratch + filter * plan.layout.padded_channels * Rows);
+    pointwise_tile(plan, tile, groups, scratch);
+  }
+
+  // From the finished groups, after their activation, to the output.
+  static void pointwise_tile(const ForwardPlan& plan, const Tile& tile, const Groups& groups, T* scratch) {
+    const Problem& p = plan.problem;
+    const int64_t elements = group_elements(plan);
+    if (!is_clamp(p.mid_activation)) activate<V>(p.mid_activation, scratch, groups.runs * groups.per_run * elements);
 
     Product<T> product;
     product.groups = p.multiplier;
@@ -147,7 +146,19 @@ struct ForwardChannelsLast {
           if (!is_clamp(p.activation))
             for (int64_t i = 0; i < pixels; ++i)
               activate<V>(p.activation, product.c + i * product.c_stride, product.column_count);
+          if (p.residual) add_input(plan, product.c, pixels, product.column_count);
         }
+      }
+    }
+  }
+
+  // The input has the output's shape.
+  static void add_input(const ForwardPlan& plan, T* output, int64_t pixels, int64_t channels) {
+    const T* input = static_cast<const T*>(plan.input) + (output - static_cast<const T*>(plan.output));
+    for (int64_t i = 0; i < pixels; ++i, input += plan.problem.out_channels, output += plan.problem.out_channels) {
+      for (int64_t k = 0; k < channels; k += V::width) {
+        const int lanes = static_cast<int>(smaller<int64_t>(V::width, channels - k));
+        V::store_n(output + k, V::add(V::load_n(output + k, lanes), V::load_n(input + k, lanes)), lanes);
       }
     }
   }

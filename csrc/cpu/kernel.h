@@ -15,10 +15,12 @@ namespace fastsep {
 //   depthwise_bias           [m][padded C]
 //   pointwise                [panels][m*C][panel]   panel output channels side by side, zeros in the last
 //   bias                     [panels*panel]
+//   expand                   [expand_panels][E][panel]  panel depthwise channels side by side, zeros in the last
+//   expand_bias              [expand_panels*panel]
 struct PackedLayout {
   int64_t padded_channels;
-  int64_t panels;
-  int64_t depthwise_channels_last, depthwise_planar, depthwise_bias, pointwise, bias;
+  int64_t panels, expand_panels;
+  int64_t depthwise_channels_last, depthwise_planar, depthwise_bias, pointwise, bias, expand, expand_bias;
   int64_t elements;
 };
 
@@ -42,6 +44,7 @@ struct ForwardPlan {
   // The plane is cut into row_tiles x column_tiles, the panels into panel_tiles; tile i of n covers
   // [i * size / n, (i + 1) * size / n).
   int64_t row_tiles, column_tiles, panel_tiles;
+  int64_t band_rows;      // with an expansion: output rows of a tile worked on at a time
   int64_t scratch_bytes;  // of one tile
 };
 

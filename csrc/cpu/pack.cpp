@@ -10,8 +10,8 @@ namespace {
 struct Header {
   uint64_t magic;
   int32_t isa, dtype;
-  int64_t channels, out_channels, multiplier, kernel_h, kernel_w;
-  int64_t reserved[9];
+  int64_t channels, out_channels, multiplier, kernel_h, kernel_w, expand_channels;
+  int64_t reserved[8];
 };
 constexpr size_t header_bytes = sizeof(Header);
 static_assert(header_bytes == 128, "the weights behind the header are aligned to 64 bytes");
@@ -27,6 +27,7 @@ Header header_of(const Problem& p, const Kernel& kernel) {
   header.multiplier = p.multiplier;
   header.kernel_h = p.kernel_h;
   header.kernel_w = p.kernel_w;
+  header.expand_channels = p.expand_channels;
   return header;
 }
 
@@ -65,19 +66,33 @@ struct Packing {
     }
   }
 
-  // One panel: out[i][k] = weight[k][i], zeros behind the last output channel.
+  // One panel of a matrix [rows][columns]: out[i][k] = weight[k][i], zeros behind the last row.
+  void transposed_panel(const T* weight, const T* bias, int64_t rows, int64_t columns, int64_t index, T* out,
+                        T* out_bias) const {
+    const int64_t first = index * panel, count = rows - first < panel ? rows - first : panel;
+    for (int64_t k = 0; k < panel; ++k) out_bias[first + k] = bias != nullptr && k < count ? bias[first + k] : T(0);
+    out += index * columns * panel;
+    for (int64_t i = 0; i < columns; ++i)
+      for (int64_t k = count; k < panel; ++k) out[i * panel + k] = T(0);
+    kernel.transpose(weight + first * columns, count, columns, columns, out, panel);
+  }
+
+  void expand(int64_t index) const {
+    transposed_panel(static_cast<const T*>(weights.expand_weight), static_cast<const T*>(weights.expand_bias),
+                     problem.channels, problem.expand_channels, index, packed + layout.expand,
+                     packed + layout.expand_bias);
+  }
+
   void pointwise(int64_t index) const {
     const Problem& p = problem;
+    transposed_panel(static_cast<const T*>(weights.pointwise_weight), static_cast<const T*>(weights.bias),
+                     p.out_channels, depth(), index, packed + layout.pointwise, packed + layout.bias);
+    if (p.multiplier == 1) return;
+    // Channels of the depthwise half are numbered otherwise here, see kernel.h.
     const int64_t first = index * panel;
     const int64_t count = p.out_channels - first < panel ? p.out_channels - first : panel;
     const T* weight = static_cast<const T*>(weights.pointwise_weight) + first * depth();
-    const T* bias = static_cast<const T*>(weights.bias);
     T* out = packed + layout.pointwise + index * depth() * panel;
-    for (int64_t k = 0; k < panel; ++k)
-      packed[layout.bias + first + k] = bias != nullptr && k < count ? bias[first + k] : T(0);
-    for (int64_t i = 0; i < depth(); ++i)
-      for (int64_t k = count; k < panel; ++k) out[i * panel + k] = T(0);
-    if (p.multiplier == 1) return kernel.transpose(weight, count, depth(), depth(), out, panel);
     for (int64_t c = 0; c < p.channels; ++c)
       for (int64_t filter = 0; filter < p.multiplier; ++filter)
         for (int64_t k = 0; k < count; ++k)
@@ -98,10 +113,12 @@ void pack_as(const Problem& problem, const Kernel& kernel, const Weights& weight
     const auto& self = *static_cast<const Packing<T>*>(context);
     if (index == 0)
       self.depthwise();
-    else
+    else if (index <= self.layout.panels)
       self.pointwise(index - 1);
+    else
+      self.expand(index - 1 - self.layout.panels);
   };
-  run_on(executor, packing.layout.panels + 1, body, const_cast<Packing<T>*>(&packing));
+  run_on(executor, 1 + packing.layout.panels + packing.layout.expand_panels, body, const_cast<Packing<T>*>(&packing));
 }
 
 }  // namespace
@@ -117,7 +134,10 @@ PackedLayout packed_layout(const Problem& p, const Kernel& kernel) {
   layout.depthwise_bias = layout.depthwise_planar + round_up(p.multiplier * p.channels * taps, line);
   layout.pointwise = layout.depthwise_bias + round_up(p.multiplier * layout.padded_channels, line);
   layout.bias = layout.pointwise + round_up(layout.panels * p.multiplier * p.channels * panel, line);
-  layout.elements = layout.bias + round_up(layout.panels * panel, line);
+  layout.expand_panels = p.expand_channels > 0 ? (p.channels + panel - 1) / panel : 0;
+  layout.expand = layout.bias + round_up(layout.panels * panel, line);
+  layout.expand_bias = layout.expand + round_up(layout.expand_panels * p.expand_channels * panel, line);
+  layout.elements = layout.expand_bias + round_up(layout.expand_panels * panel, line);
   return layout;
 }
 

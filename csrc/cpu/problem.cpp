@@ -53,6 +53,9 @@ const char* describe(Status status) {
     case Status::empty_output: return "the dilated kernel is larger than the padded input, so there is no output";
     case Status::overflow: return "a product of sizes does not fit in 64 bits";
     case Status::bad_enum: return "unknown dtype, layout or activation number, or one behind an absent pointwise half";
+    case Status::bad_expansion:
+      return "an expansion needs channels-last, one filter per channel and a pointwise half; a residual needs an "
+             "expansion, stride 1 and an output like the input";
     case Status::unsupported_isa: return "the instruction set is not compiled in or not supported by this processor";
     case Status::small_workspace: return "the workspace is smaller than workspace_bytes() asks for";
     case Status::bad_packed: return "the packed weights were made for another problem or instruction set";
@@ -92,6 +95,7 @@ Status validate(const Problem& p) {
       !in_range(static_cast<int32_t>(p.mid_activation), activation_count) ||
       !in_range(static_cast<int32_t>(p.activation), activation_count))
     return Status::bad_enum;
+  if (!in_range(static_cast<int32_t>(p.expand_activation), activation_count)) return Status::bad_enum;
   if (p.out_channels == 0 && p.activation != Activation::identity) return Status::bad_enum;
   for (int64_t size : {p.channels, p.height, p.width, p.multiplier, p.kernel_h, p.kernel_w, p.stride_h, p.stride_w,
                        p.dilation_h, p.dilation_w})
@@ -101,14 +105,26 @@ Status validate(const Problem& p) {
   if (axis_overflows(p.height, p.pad_top, p.pad_bottom, p.kernel_h, p.dilation_h, p.stride_h) ||
       axis_overflows(p.width, p.pad_left, p.pad_right, p.kernel_w, p.dilation_w, p.stride_w))
     return Status::overflow;
+  if (p.expand_channels < 0) return Status::bad_size;
+  if (p.expand_channels > 0 && (p.layout != Layout::nhwc || p.multiplier != 1 || p.out_channels == 0))
+    return Status::bad_expansion;
+  if (p.expand_channels == 0 && p.expand_activation != Activation::identity) return Status::bad_expansion;
   const int64_t oh = out_height(p), ow = out_width(p);
+  const bool like_input =
+      p.expand_channels == p.out_channels && p.stride_h == 1 && p.stride_w == 1 && oh == p.height && ow == p.width;
+  if (p.residual && !like_input) return Status::bad_expansion;
   if (oh < 1 || ow < 1) return Status::empty_output;
   const int64_t batch = p.batch < 1 ? 1 : p.batch;
   // Within the limits of axis_overflows() these sums fit.
   const int64_t reach_h = p.kernel_h * p.dilation_h, reach_w = p.kernel_w * p.dilation_w;
   if (Checked(p.channels).plus(64).overflow() || Checked(p.out_channels).plus(64).overflow()) return Status::overflow;
   const int64_t padded_channels = p.channels + 64, padded_out_channels = p.out_channels + 64;
-  const Checked input = Checked(batch).times(p.channels).times(p.height).times(p.width);
+  if (Checked(p.expand_channels).plus(64).overflow()) return Status::overflow;
+  const Checked expand = Checked(p.expand_channels + 64).times(padded_channels);
+  const Checked input = Checked(batch)
+                            .times(p.channels > p.expand_channels ? p.channels : p.expand_channels)
+                            .times(p.height)
+                            .times(p.width);
   const Checked output = Checked(batch).times(p.out_channels).times(oh).times(ow);
   const Checked inner = Checked(batch).times(p.channels).times(p.multiplier).times(oh).times(ow);
   // The backward pass keeps up to 32 partial sums of each weight.
@@ -117,7 +133,7 @@ Status validate(const Problem& p) {
   // The largest scratch: the depthwise output of a whole image, or the copied rows of a plane.
   const Checked tile = Checked(oh).times(ow).plus(4096).times(p.multiplier).times(padded_channels);
   const Checked copies = Checked(oh).plus(64).times(p.stride_h).plus(reach_h).times(ow + 64 + reach_w);
-  for (const Checked& product : {input, output, inner, depthwise, pointwise, tile, copies})
+  for (const Checked& product : {input, output, inner, expand, depthwise, pointwise, tile, copies})
     if (product.overflow()) return Status::overflow;
   return Status::ok;
 }

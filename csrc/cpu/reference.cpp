@@ -85,11 +85,32 @@ struct Reference {
     }
   }
 
+  // What the depthwise half sees, where that is not x.
+  std::vector<double> expanded = expand();
+
+  std::vector<double> expand() const {
+    std::vector<double> e;
+    if (p.expand_channels == 0) return e;
+    e.resize(static_cast<size_t>(p.batch * p.height * p.width * p.channels));
+    for (size_t i = 0; i < e.size(); ++i) {
+      const int64_t pixel = static_cast<int64_t>(i) / p.channels, c = static_cast<int64_t>(i) % p.channels;
+      double sum = value(weights.expand_bias, c);
+      for (int64_t k = 0; k < p.expand_channels; ++k)
+        sum += value(x, pixel * p.expand_channels + k) * value(weights.expand_weight, c * p.expand_channels + k);
+      e[i] = finish(p.expand_activation, sum);
+    }
+    return e;
+  }
+  double input(int64_t n, int64_t i, int64_t h, int64_t w) const {
+    const int64_t index = at_input(n, i, h, w);
+    return expanded.empty() ? value(x, index) : expanded[static_cast<size_t>(index)];
+  }
+
   // Before the activation.
   double depthwise(int64_t n, int64_t i, int64_t oy, int64_t ox) const {
     double t = value(weights.depthwise_bias, i);
     for_taps(i, oy, ox, [&](int64_t weight, int64_t h, int64_t w) {
-      t += value(x, at_input(n, i, h, w)) * value(weights.depthwise_weight, weight);
+      t += input(n, i, h, w) * value(weights.depthwise_weight, weight);
     });
     return t;
   }
@@ -113,6 +134,7 @@ struct Reference {
       for (int64_t k = 0; k < p.out_channels; ++k) {
         double& out = y[at_output(n, k, oy, ox)];
         out = finish(p.activation, out);
+        if (p.residual) out += value(x, at_output(n, k, oy, ox));
       }
     });
   }

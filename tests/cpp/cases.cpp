@@ -68,6 +68,9 @@ Case parse(const std::string& line) {
   c.bias = number("b", "0") != 0;
   p.mid_activation = activation_from_name(take("mid", "identity"));
   p.activation = activation_from_name(take("act", "identity"));
+  p.expand_channels = number("e", "0");
+  p.expand_activation = activation_from_name(take("ea", "identity"));
+  p.residual = number("res", "0") != 0;
   if (!fields.empty()) fail("unknown key " + fields.begin()->first + " in: " + line);
   return c;
 }

@@ -23,6 +23,7 @@ Problem with_integer_activations(Problem p) {
   };
   if (!exact(p.mid_activation)) p.mid_activation = Activation::relu6;
   if (!exact(p.activation)) p.activation = Activation::identity;
+  if (!exact(p.expand_activation)) p.expand_activation = Activation::relu;
   return p;
 }
 
@@ -39,8 +40,14 @@ void run_case(const Kernel& kernel, const Case& c, Layout layout) {
   p.dtype = kernel.dtype;
   p.layout = layout;
   const Status status = validate(p);
+  if (p.expand_channels > 0 && layout == Layout::nchw)
+    return expect(status == Status::bad_expansion, kernel, c, p, "an expansion of NCHW");
   expect(status == Status::ok, kernel, c, p, std::string("validate: ") + describe(status));
   if (status != Status::ok) return;
+  if (p.expand_channels > 0) {
+    test_forward(kernel, c, with_integer_activations(p), true, Tight::end);
+    return test_forward(kernel, c, p, false, Tight::begin);
+  }
   Problem depthwise = p;
   depthwise.out_channels = 0;
   depthwise.activation = Activation::identity;
@@ -52,8 +59,10 @@ void run_case(const Kernel& kernel, const Case& c, Layout layout) {
   }
 }
 
-int run(const std::string& path) {
-  const std::vector<Case> cases = read_cases(path);
+int run(const std::vector<std::string>& paths) {
+  std::vector<Case> cases;
+  for (const std::string& path : paths)
+    for (const Case& c : read_cases(path)) cases.push_back(c);
   for (const Kernel* kernel : kernels) {
     if (!isa_available(kernel->isa)) {
       std::cout << kernel->name << ": not on this processor\n";
@@ -65,7 +74,7 @@ int run(const std::string& path) {
     std::cout << kernel->name << ": " << cases.size() << " cases, " << tally.checks - before << " checks\n";
   }
   for (const Case& c : cases)
-    if (c.problem.batch > 0 && c.problem.pad_top < c.problem.height) {
+    if (c.problem.batch > 0 && c.problem.pad_top < c.problem.height && c.problem.expand_channels == 0) {
       test_validate(c.problem);
       break;
     }
@@ -77,9 +86,9 @@ int run(const std::string& path) {
 }  // namespace fastsep_tests
 
 int main(int argc, char** argv) {
-  if (argc != 2) {
-    std::cerr << "usage: fastsep_tests cases.txt\n";
+  if (argc < 2) {
+    std::cerr << "usage: fastsep_tests cases.txt ...\n";
     return 2;
   }
-  return fastsep_tests::run(argv[1]);
+  return fastsep_tests::run({argv + 1, argv + argc});
 }

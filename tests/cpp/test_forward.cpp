@@ -44,7 +44,8 @@ struct Run {
   void compare_with_oracle(const T* got, const std::vector<double>& oracle, const std::vector<double>& magnitude) {
     // Rounding: each of the n additions and products of a sum errs by eps of the sum of magnitudes at most; an
     // activation stretches that by less than 2 (hardswish and silu have slopes up to 1.5) and rounds on its own.
-    const double terms = static_cast<double>(p.kernel_h * p.kernel_w + p.channels * p.multiplier + 8);
+    const double terms =
+        static_cast<double>(p.kernel_h * p.kernel_w + p.channels * p.multiplier + p.expand_channels + 8);
     const double eps = std::numeric_limits<T>::epsilon();
     int64_t bad = -1, zeros = 0;
     for (int64_t i = 0; i < output_size(); ++i) {
@@ -60,12 +61,16 @@ struct Run {
 
   void all() {
     const int64_t depth = p.channels * p.multiplier;
-    const Guarded input = numbers.drawn(p.batch * p.channels * p.height * p.width);
+    const int64_t seen_channels = p.expand_channels > 0 ? p.expand_channels : p.channels;
+    const Guarded input = numbers.drawn(p.batch * seen_channels * p.height * p.width);
+    const Guarded expand_weight = numbers.drawn(p.expand_channels * p.channels),
+                  expand_bias = numbers.drawn(p.channels);
     const Guarded depthwise_weight = numbers.drawn(depth * p.kernel_h * p.kernel_w),
                   depthwise_bias = numbers.drawn(depth);
     const Guarded pointwise_weight = numbers.drawn(p.out_channels * depth), bias = numbers.drawn(p.out_channels);
     const Weights weights = {depthwise_weight.as(), c.depthwise_bias ? depthwise_bias.as() : nullptr,
-                             pointwise_weight.as(), c.bias ? bias.as() : nullptr};
+                             pointwise_weight.as(), c.bias ? bias.as() : nullptr,
+                             expand_weight.as(),    c.bias ? expand_bias.as() : nullptr};
     std::vector<double> oracle(static_cast<size_t>(output_size())), magnitude(oracle.size());
     reference_forward(p, input.as(), weights, oracle.data(), false);
     reference_forward(p, input.as(), weights, magnitude.data(), true);

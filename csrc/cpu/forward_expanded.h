@@ -1,0 +1,148 @@
+// The forward tile with an expansion, channels-last: e = expand_act(expand(x)), then what forward_channels_last.h does
+// to e in the place of x, without e ever being whole.
+//
+// A tile is worked on in bands of rows. For each panel of channels the rows of e that the band sees are made in a
+// buffer, [row][W][panel], by the same product as everywhere, and taken at once by the depthwise half; the rows that
+// the next band sees too are kept. All panels of the depthwise output of a band stand in the scratch as always.
+#pragma once
+
+#include <string.h>
+
+#include "forward_channels_last.h"
+
+namespace fastsep {
+namespace FASTSEP_ISA {
+namespace {
+
+template <class V, class Shape>
+struct ForwardExpanded {
+  using T = typename V::T;
+  using Plain = ForwardChannelsLast<V, Shape>;
+  static constexpr int Rows = Shape::rows, Columns = Shape::columns, Run = Shape::run;
+  static constexpr int panel = Columns * V::width, block = Rows * V::width;
+
+  // Parts of the scratch, in elements.
+  struct Layout {
+    int64_t rows;       // of e that a band sees
+    int64_t kept_rows;  // of those that the next one sees too, at most
+    int64_t blocks;     // of V::width input channels
+    int64_t input, buffer, kept, groups, total;
+  };
+
+  static Layout layout_of(const ForwardPlan& plan) {
+    const Problem& p = plan.problem;
+    const int64_t reach = (p.kernel_h - 1) * p.dilation_h + 1;
+    Layout layout;
+    layout.rows = smaller(p.height, (plan.band_rows - 1) * p.stride_h + reach);
+    layout.kept_rows = smaller(p.height, larger<int64_t>(0, reach - p.stride_h));
+    layout.blocks = (p.expand_channels + V::width - 1) / V::width;
+    layout.input = 0;
+    layout.buffer = layout.input + (layout.rows * p.width + Rows - 1) / Rows * layout.blocks * block;
+    layout.kept = layout.buffer + layout.rows * p.width * panel;
+    layout.groups = layout.kept + plan.layout.expand_panels * layout.kept_rows * p.width * panel;
+    layout.total = layout.groups + Plain::scratch_bytes(plan, plan.band_rows, plan.out_width) / int64_t(sizeof(T));
+    return layout;
+  }
+
+  static int64_t scratch_bytes(const ForwardPlan& plan) { return layout_of(plan).total * int64_t(sizeof(T)); }
+
+  // Rows of the plane.
+  struct Interval {
+    int64_t begin, end;
+  };
+
+  // Those that output rows [begin, end) see.
+  static Interval seen_by(const Problem& p, int64_t begin, int64_t end) {
+    const int64_t top = begin * p.stride_h - p.pad_top;
+    const int64_t bottom = (end - 1) * p.stride_h - p.pad_top + (p.kernel_h - 1) * p.dilation_h + 1;
+    const int64_t first = smaller(p.height, larger<int64_t>(0, top));
+    return {first, larger(first, smaller(p.height, bottom))};
+  }
+
+  static void run(const ForwardPlan& plan, const Tile& tile, T* scratch) {
+    const Problem& p = plan.problem;
+    const Layout layout = layout_of(plan);
+    const int64_t rows = tile.row_end - tile.row_begin, bands = (rows + plan.band_rows - 1) / plan.band_rows;
+    Interval kept = {0, 0};
+    for (int64_t i = 0; i < bands; ++i) {
+      Tile band = tile;
+      band.row_begin = tile.row_begin + cut(rows, bands, i);
+      band.row_end = tile.row_begin + cut(rows, bands, i + 1);
+      const Interval seen = seen_by(p, band.row_begin, band.row_end);
+      Interval next = {seen.end, seen.end};
+      if (i + 1 < bands) next.begin = smaller(seen.end, seen_by(p, band.row_end, band.row_end + 1).begin);
+      if (kept.begin != seen.begin) kept = {seen.begin, seen.begin};
+      run_band(plan, band, layout, seen, kept, next, scratch);
+      kept = next;
+    }
+  }
+
+  // `kept` rows of e are there, from the first that the band sees on; `next` ones are to be kept.
+  static void run_band(const ForwardPlan& plan, const Tile& band, const Layout& layout, const Interval& seen,
+                       const Interval& kept, const Interval& next, T* scratch) {
+    const Problem& p = plan.problem;
+    const auto groups = Plain::groups_of(plan, band.row_end - band.row_begin, plan.out_width);
+    const int64_t row_elements = p.width * panel;
+    T* const buffer = scratch + layout.buffer;
+    take_input(plan, band.image, {kept.end, seen.end}, layout, scratch + layout.input);
+    for (int64_t q = 0; q < plan.layout.expand_panels; ++q) {
+      const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
+      T* const keep = scratch + layout.kept + q * layout.kept_rows * row_elements;
+      memcpy(buffer, keep, static_cast<size_t>((kept.end - kept.begin) * row_elements) * sizeof(T));
+      expand(plan, q, channels, (seen.end - kept.end) * p.width, layout, scratch + layout.input,
+             buffer + (kept.end - seen.begin) * row_elements);
+      memcpy(keep, buffer + (next.begin - seen.begin) * row_elements,
+             static_cast<size_t>((next.end - next.begin) * row_elements) * sizeof(T));
+
+      ChannelsLastRow<T> row(window_of<T>(p, buffer - seen.begin * row_elements, row_elements, panel, channels));
+      row.weight = packed<T>(plan, plan.layout.depthwise_channels_last) + channel;
+      row.weight_stride = plan.layout.padded_channels;
+      row.start = packed<T>(plan, plan.layout.depthwise_bias) + channel;
+      row.start_stride = 0;
+      row.clamp = clamp_of<T>(p.mid_activation);
+      Plain::depthwise_tile(plan, band, groups, row, scratch + layout.groups + channel * Rows);
+    }
+    Plain::pointwise_tile(plan, band, groups, scratch + layout.groups);
+  }
+
+  // Rows of x in blocks of Rows pixels x width channels.
+  static void take_input(const ForwardPlan& plan, int64_t image, const Interval& rows, const Layout& layout, T* to) {
+    const Problem& p = plan.problem;
+    const int64_t pixels = (rows.end - rows.begin) * p.width, channels = p.expand_channels;
+    const T* from = static_cast<const T*>(plan.input) + (image * p.height + rows.begin) * p.width * channels;
+    for (int64_t i = 0; i < pixels; ++i, from += channels) {
+      T* group = to + i / Rows * layout.blocks * block + i % Rows * V::width;
+      int64_t c = 0;
+      for (; c + V::width <= channels; c += V::width, group += block) V::store(group, V::load(from + c));
+      if (c < channels) V::store(group, V::load_n(from + c, static_cast<int>(channels - c)));
+    }
+  }
+
+  // One panel of e for some pixels.
+  static void expand(const ForwardPlan& plan, int64_t q, int64_t channels, int64_t pixels, const Layout& layout,
+                     const T* input, T* e) {
+    const Problem& p = plan.problem;
+    Product<T> product = {};
+    product.groups = 1;
+    product.depth = p.expand_channels;
+    product.block_depth = V::width;
+    product.a_block_stride = block;
+    product.a_stride = 1;
+    product.b = packed<T>(plan, plan.layout.expand) + q * p.expand_channels * panel;
+    product.b_stride = panel;
+    product.start = packed<T>(plan, plan.layout.expand_bias) + q * panel;
+    product.clamp = clamp_of<T>(p.expand_activation);
+    product.c_stride = product.column_count = panel;
+    for (int64_t first = 0; first < pixels; first += Rows) {
+      product.a = input + first / Rows * layout.blocks * block;
+      product.c = e + first * panel;
+      multiply<V, Rows, Columns, V::width>(product, smaller<int64_t>(Rows, pixels - first),
+                                           (channels + V::width - 1) / V::width);
+    }
+    if (!is_clamp(p.expand_activation)) activate<V>(p.expand_activation, e, pixels * panel);
+  }
+};
+
+}  // namespace
+}  // namespace FASTSEP_ISA
+}  // namespace fastsep
