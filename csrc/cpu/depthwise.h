@@ -244,8 +244,8 @@ struct PlanarChannel {
   const T* weight;            // [taps_h][taps_w]
   T bias;
   Clamp<T> clamp;
-  T* output;  // output row y at output + y * columns; may run over its end by one vector
-  int64_t out_rows, columns;
+  T* output;  // output row y at output + y * output_stride; may run over its end by one vector
+  int64_t output_stride, out_rows, columns;
 };
 
 constexpr int planar_block = 4;
@@ -316,13 +316,13 @@ FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
           }
         }
       }
-      T* output = channel.output + y * channel.columns;
+      T* output = channel.output + y * channel.output_stride;
       FASTSEP_UNROLL
       for (int b = 0; b < block; ++b) {
         if (b >= count) break;
         FASTSEP_UNROLL
         for (int v = 0; v < Vectors; ++v)
-          V::store(output + b * channel.columns + x[v], V::min(high, V::max(low, acc[b][v])));
+          V::store(output + b * channel.output_stride + x[v], V::min(high, V::max(low, acc[b][v])));
       }
     }
   }
@@ -345,7 +345,7 @@ FASTSEP_NOINLINE void planar_depthwise_inside(const PlanarChannel<T>& channel, c
       }
       if (sum < channel.clamp.low) sum = channel.clamp.low;
       if (sum > channel.clamp.high) sum = channel.clamp.high;
-      channel.output[y * channel.columns + x] = sum;
+      channel.output[y * channel.output_stride + x] = sum;
     }
   }
 }

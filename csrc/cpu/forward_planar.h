@@ -36,6 +36,9 @@ struct ForwardPlanar {
     // Copied input rows: tap row r of output row y is copy y * row_stride + r * row_dilation. These are the problem's
     // stride and dilation, unless those are so large that no two taps share a row: then the gaps are left out.
     int64_t row_stride, row_dilation, copies;
+    // Without a stride the output rows that are alike modulo the dilation are a problem of their own without dilation,
+    // on the copies of one row phase, [row_phases][per_row_phase].
+    int64_t row_phases, per_row_phase;
     int64_t phases;        // remainders modulo stride_w that taps have
     int64_t reached;       // columns of one remainder that taps reach
     int64_t phase_length;  // and room for a vector behind them
@@ -55,6 +58,14 @@ struct ForwardPlanar {
     const int64_t reach = (p.kernel_h - 1) * layout.row_dilation + 1;
     layout.row_stride = smaller(p.stride_h, reach);
     layout.copies = last_row * layout.row_stride + reach;
+    layout.row_phases = 1;
+    layout.per_row_phase = 0;
+    // (A row shorter than a vector is stored over the next one's beginning, so the rows must come in order.)
+    if (p.stride_h == 1 && p.dilation_h > 1 && p.dilation_h < rows && columns >= V::width) {
+      layout.row_phases = p.dilation_h;
+      layout.per_row_phase = round_up((rows + p.dilation_h - 1) / p.dilation_h, planar_block) + p.kernel_h - 1;
+      layout.copies = layout.row_phases * layout.per_row_phase;
+    }
     layout.phases = smaller(p.stride_w, (p.kernel_w - 1) * p.dilation_w + 1);
     layout.reached = columns + (p.kernel_w - 1) * p.dilation_w / p.stride_w;
     layout.phase_length = round_up(layout.reached, V::width) + V::width;
@@ -134,21 +145,21 @@ struct ForwardPlanar {
     for (int64_t i = 0; i < layout.copies; ++i) row_pointers[i] = zeros;
     for (int64_t y = 0; y < rows; ++y) {
       for (int64_t r = 0; r < p.kernel_h; ++r) {
-        const int64_t i = y * layout.row_stride + r * layout.row_dilation;
+        int64_t i = y * layout.row_stride + r * layout.row_dilation;
+        if (layout.row_phases > 1) i = i % p.dilation_h * layout.per_row_phase + i / p.dilation_h;
         sources[i] = top + y * p.stride_h + r * p.dilation_h;
         if (sources[i] >= 0 && sources[i] < p.height) row_pointers[i] = copies + i * row_elements;
       }
     }
 
     PlanarChannel<T> channel;
-    channel.rows = row_pointers;
     channel.stride_h = layout.row_stride;
-    channel.dilation_h = layout.row_dilation;
+    channel.dilation_h = layout.row_phases > 1 ? 1 : layout.row_dilation;
+    channel.output_stride = layout.row_phases * columns;
     channel.taps_h = p.kernel_h;
     channel.taps_w = p.kernel_w;
     channel.tap_offset = tap_offsets;
     channel.clamp = clamp_of<T>(p.mid_activation);
-    channel.out_rows = rows;
     channel.columns = columns;
     const T* image = static_cast<const T*>(plan.input) + tile.image * p.channels * p.height * p.width;
     for (int64_t c = 0; c < p.channels; ++c) {
@@ -160,13 +171,19 @@ struct ForwardPlanar {
         const int64_t i = filter * p.channels + c;
         channel.weight = packed<T>(plan, plan.layout.depthwise_planar) + i * taps;
         channel.bias = packed<T>(plan, plan.layout.depthwise_bias)[filter * plan.layout.padded_channels + c];
-        channel.output = scratch + layout.runs + (p.out_channels > 0 ? i * layout.stride : 0);
-        if (all_finite(channel.weight, taps))
-          planar_depthwise<V>(channel);
-        else
-          planar_depthwise_inside(channel, zeros, left, p.width, p.stride_w, p.dilation_w);
-        if (!is_clamp(p.mid_activation)) activate<V>(p.mid_activation, channel.output, rows * columns);
-        if (p.out_channels == 0) store_depthwise(plan, tile, c * p.multiplier + filter, channel.output);
+        T* const run = scratch + layout.runs + (p.out_channels > 0 ? i * layout.stride : 0);
+        const bool finite = all_finite(channel.weight, taps);
+        for (int64_t phase = 0; phase < layout.row_phases; ++phase) {
+          channel.rows = row_pointers + phase * layout.per_row_phase;
+          channel.out_rows = (rows - phase + layout.row_phases - 1) / layout.row_phases;
+          channel.output = run + phase * columns;
+          if (finite)
+            planar_depthwise<V>(channel);
+          else
+            planar_depthwise_inside(channel, zeros, left, p.width, p.stride_w, p.dilation_w);
+        }
+        if (!is_clamp(p.mid_activation)) activate<V>(p.mid_activation, run, rows * columns);
+        if (p.out_channels == 0) store_depthwise(plan, tile, c * p.multiplier + filter, run);
       }
     }
   }
