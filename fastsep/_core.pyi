@@ -79,8 +79,8 @@ def backward(
     grad_pointwise_weight: int,
     grad_bias: int,
 ) -> None:
-    """Writes the gradients whose address is not 0. `saved` is the output where derivative_from_output(), else the
-    pointwise half's result before the activation; unused, perhaps 0, for the identity."""
+    """Writes the gradients whose address is not 0. `saved` is the output where derivative_from_output(),
+    else the pointwise half's result before the activation; unused, perhaps 0, for the identity."""
 
 def derivative_from_output(activation: int) -> bool: ...
 def reference_backward(
