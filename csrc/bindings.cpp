@@ -26,9 +26,9 @@ void check(Status status) {
 }
 
 Problem to_problem(const py::tuple& fields) {
-  constexpr size_t count = 20, expanded_count = 23;
+  constexpr size_t count = 20, expanded_count = 31;
   if (fields.size() != count && fields.size() != expanded_count)
-    throw py::value_error("a problem has 20 fields, or 23 with an expansion");
+    throw py::value_error("a problem has 20 fields, or 31 with an expansion");
   int64_t v[expanded_count] = {};
   for (size_t i = 0; i < fields.size(); ++i) v[i] = fields[i].cast<int64_t>();
   const auto number = [](int64_t value) {
@@ -45,9 +45,13 @@ Problem to_problem(const py::tuple& fields) {
   p.layout = static_cast<Layout>(number(v[17]));
   p.mid_activation = static_cast<Activation>(number(v[18]));
   p.activation = static_cast<Activation>(number(v[19]));
-  p.expand_channels = v[20];
-  p.expand_activation = static_cast<Activation>(number(v[21]));
-  p.residual = v[22] != 0;
+  p.residual = v[20] != 0;
+  p.expand.channels = v[21];
+  p.expand.activation = static_cast<Activation>(number(v[22]));
+  p.expand.height = v[23], p.expand.width = v[24];
+  p.expand.kernel_h = v[25], p.expand.kernel_w = v[26];
+  p.expand.stride_h = v[27], p.expand.stride_w = v[28];
+  p.expand.pad_top = v[29], p.expand.pad_left = v[30];
   check(validate(p));
   return p;
 }

@@ -14,10 +14,16 @@
 //
 // K = 0 stands for the depthwise half alone: y is t, [N, C*m, OH, OW], and `activation` must be the identity.
 //
-// With expand_channels = E > 0 a pointwise convolution goes before, as in the inverted residual blocks of MobileNetV2:
-// the depthwise half sees expand_act(expand(x) + expand_bias) instead of x, where x is [N, E, H, W] and expand_weight
-// [C, E]; outside the plane there is still nothing. With `residual` x is added to y after act (E = K, same plane). Both
-// for nhwc and m = 1, and forward only.
+// With expand.channels = E > 0 a dense convolution goes before: the depthwise half sees
+//
+//   e[n, c, h, w] = expand_act(expand_bias[c] + sum over r, s and i < E of
+//       x[n, i, h*expand.stride_h - expand.pad_top + r, w*expand.stride_w - expand.pad_left + s]
+//       * expand_weight[c, i, r, s])
+//
+// instead of x, which is [N, E, expand.height, expand.width]; outside the plane of e there is still nothing. A kernel
+// of 1 x 1 makes the inverted residual block of MobileNetV2, with `residual` x added to y after act (E = K, same
+// plane); a 3 x 3 of stride 2 on three channels the first layers of most networks. For nhwc and m = 1, and forward
+// only.
 //
 // The gradients, for g = dL/dy, with t without mid_act, u = mid_act(t), v = pointwise(u) + bias:
 //
@@ -70,6 +76,15 @@ enum class Status : int32_t {
 // One sentence for each status, for error messages.
 const char* describe(Status status);
 
+struct Expansion {
+  int64_t channels;  // 0: none
+  Activation activation;
+  int64_t height, width;  // of x; those of the problem are of e
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w;
+  int64_t pad_top, pad_left;
+};
+
 struct Problem {
   int64_t batch, channels, height, width;
   int64_t out_channels;  // 0: the depthwise half alone
@@ -81,8 +96,7 @@ struct Problem {
   Dtype dtype;
   Layout layout;
   Activation mid_activation, activation;
-  int64_t expand_channels;  // 0: no expansion
-  Activation expand_activation;
+  Expansion expand;
   bool residual;
 };
 
@@ -123,8 +137,8 @@ struct Weights {
   const void* depthwise_weight;
   const void* depthwise_bias;  // may be null
   const void* pointwise_weight;
-  const void* bias;           // may be null
-  const void* expand_weight = nullptr;  // [C, E]; null without an expansion
+  const void* bias;                     // may be null
+  const void* expand_weight = nullptr;  // [C, E, kernel_h, kernel_w] of the expansion; null without
   const void* expand_bias = nullptr;    // may be null
 };
 Status pack(const Problem& problem, Isa isa, const Weights& weights, void* packed, size_t bytes,

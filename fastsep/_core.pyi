@@ -29,7 +29,8 @@ def last_isa() -> str:
 #   kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w,
 #   pad_top, pad_bottom, pad_left, pad_right,
 #   dtype (0 float32, 1 float64), layout (0 NCHW, 1 channels-last), mid_activation, activation
-# and, for an inverted residual block, expand_channels, expand_activation, residual (0 or 1).
+# and, with an expansion, residual (0 or 1), then of the expansion channels, activation, height, width,
+#   kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left.
 # `isa` is a name, or "" for the best. Addresses are integers, 0 for a bias that is not there.
 # With out_channels = 0 a problem is the depthwise half alone: no pointwise_weight, bias or activation.
 # All raise ValueError for a problem that csrc/fastsep.h's validate() refuses.

@@ -98,7 +98,7 @@ Status backward(const Problem& problem, Isa isa, const void* input, const Weight
   const Kernel* kernel;
   const Status status = select(isa, problem.dtype, &kernel);
   if (status != Status::ok) return status;
-  if (problem.expand_channels > 0) return Status::bad_expansion;
+  if (problem.expand.channels > 0) return Status::bad_expansion;
   if (workspace_size < backward_size(problem, *kernel, gradients, executor.threads)) return Status::small_workspace;
   run_backward(problem, *kernel, input, weights, saved, grad_output, gradients, workspace, executor);
   return Status::ok;

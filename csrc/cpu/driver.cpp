@@ -46,7 +46,7 @@ void partition_expanded(const Kernel& kernel, int threads, ForwardPlan* plan) {
   const int64_t element = p.dtype == Dtype::f32 ? 4 : 8, panel = kernel.shape.vector * kernel.shape.columns;
   // Of one output row: the depthwise output, and for the rows of the plane it adds x and one panel of e.
   const int64_t row_bytes =
-      element * (plan->layout.padded_channels * plan->out_width + p.stride_h * (p.expand_channels + panel) * p.width);
+      element * (plan->layout.padded_channels * plan->out_width + p.stride_h * (expansion_depth(p) + panel) * p.width);
   plan->band_rows = most(1, least(plan->out_height, tile_bytes / row_bytes));
   plan->row_tiles = plan->column_tiles = plan->panel_tiles = 1;
   const double again = static_cast<double>(most(0, (p.kernel_h - 1) * p.dilation_h + 1 - p.stride_h)) /
@@ -82,7 +82,7 @@ void partition_plain(const Kernel& kernel, int threads, ForwardPlan* plan) {
 }
 
 void partition(const Kernel& kernel, int threads, ForwardPlan* plan) {
-  if (plan->problem.expand_channels > 0)
+  if (plan->problem.expand.channels > 0)
     partition_expanded(kernel, threads, plan);
   else
     partition_plain(kernel, threads, plan);

@@ -12,7 +12,7 @@ namespace {
 
 template <class V, class Shape>
 int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
-  if (plan.problem.expand_channels > 0) return ForwardExpanded<V, Shape>::scratch_bytes(plan);
+  if (plan.problem.expand.channels > 0) return ForwardExpanded<V, Shape>::scratch_bytes(plan);
   return plan.problem.layout == Layout::nhwc ? ForwardChannelsLast<V, Shape>::scratch_bytes(plan, rows, columns)
                                              : ForwardPlanar<V, Shape>::scratch_bytes(plan, rows, columns);
 }
@@ -20,7 +20,7 @@ int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
 template <class V, class Shape>
 void forward_tile(const ForwardPlan& plan, const Tile& tile, void* scratch) {
   auto* elements = static_cast<typename V::T*>(scratch);
-  if (plan.problem.expand_channels > 0)
+  if (plan.problem.expand.channels > 0)
     ForwardExpanded<V, Shape>::run(plan, tile, elements);
   else if (plan.problem.layout == Layout::nhwc)
     ForwardChannelsLast<V, Shape>::run(plan, tile, elements);

@@ -1,5 +1,5 @@
-// The forward tile with an expansion, channels-last: e = expand_act(expand(x)), then what forward_channels_last.h does
-// to e in the place of x, without e ever being whole.
+// The forward tile with an expansion, channels-last: e = expand_act(expand(x)) as a product of its own, then what
+// forward_channels_last.h does to e in the place of x, without e ever being whole.
 //
 // A tile is worked on in bands of rows. For each panel of channels the rows of e that the band sees are made in a
 // buffer, [row][W][panel], by the same product as everywhere, and taken at once by the depthwise half; the rows that
@@ -25,7 +25,9 @@ struct ForwardExpanded {
   struct Layout {
     int64_t rows;       // of e that a band sees
     int64_t kept_rows;  // of those that the next one sees too, at most
-    int64_t blocks;     // of V::width input channels
+    bool by_rows;       // x as rows with its padding, see take_rows(); else in blocks, see take_input()
+    int64_t blocks;     // of V::width elements of a patch of x
+    int64_t row_length;
     int64_t input, buffer, kept, groups, total;
   };
 
@@ -35,9 +37,14 @@ struct ForwardExpanded {
     Layout layout;
     layout.rows = smaller(p.height, (plan.band_rows - 1) * p.stride_h + reach);
     layout.kept_rows = smaller(p.height, larger<int64_t>(0, reach - p.stride_h));
-    layout.blocks = (p.expand_channels + V::width - 1) / V::width;
+    layout.blocks = (expansion_depth(p) + V::width - 1) / V::width;
+    layout.by_rows = p.expand.channels * p.expand.stride_w == image_stride;
+    layout.row_length = ((p.width - 1) * p.expand.stride_w + p.expand.kernel_w) * p.expand.channels;
     layout.input = 0;
-    layout.buffer = layout.input + (layout.rows * p.width + Rows - 1) / Rows * layout.blocks * block;
+    if (layout.by_rows)
+      layout.buffer = round_up(((layout.rows - 1) * p.expand.stride_h + p.expand.kernel_h) * layout.row_length, block);
+    else
+      layout.buffer = (layout.rows * p.width + Rows - 1) / Rows * layout.blocks * block;
     layout.kept = layout.buffer + layout.rows * p.width * panel;
     layout.groups = layout.kept + plan.layout.expand_panels * layout.kept_rows * p.width * panel;
     layout.total = layout.groups + Plain::scratch_bytes(plan, plan.band_rows, plan.out_width) / int64_t(sizeof(T));
@@ -84,12 +91,15 @@ struct ForwardExpanded {
     const auto groups = Plain::groups_of(plan, band.row_end - band.row_begin, plan.out_width);
     const int64_t row_elements = p.width * panel;
     T* const buffer = scratch + layout.buffer;
-    take_input(plan, band.image, {kept.end, seen.end}, layout, scratch + layout.input);
+    if (layout.by_rows)
+      take_rows(plan, band.image, {kept.end, seen.end}, layout, scratch + layout.input);
+    else
+      take_input(plan, band.image, {kept.end, seen.end}, layout, scratch + layout.input);
     for (int64_t q = 0; q < plan.layout.expand_panels; ++q) {
       const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
       T* const keep = scratch + layout.kept + q * layout.kept_rows * row_elements;
       memcpy(buffer, keep, static_cast<size_t>((kept.end - kept.begin) * row_elements) * sizeof(T));
-      expand(plan, q, channels, (seen.end - kept.end) * p.width, layout, scratch + layout.input,
+      expand(plan, q, channels, seen.end - kept.end, layout, scratch + layout.input,
              buffer + (kept.end - seen.begin) * row_elements);
       memcpy(keep, buffer + (next.begin - seen.begin) * row_elements,
              static_cast<size_t>((next.end - next.begin) * row_elements) * sizeof(T));
@@ -105,41 +115,98 @@ struct ForwardExpanded {
     Plain::pointwise_tile(plan, band, groups, scratch + layout.groups);
   }
 
-  // Rows of x in blocks of Rows pixels x width channels.
+  // What rows [begin, end) of e are made of, in blocks of Rows pixels x width: for each pixel the patch of x, row by
+  // row. Outside of x it is zero.
   static void take_input(const ForwardPlan& plan, int64_t image, const Interval& rows, const Layout& layout, T* to) {
     const Problem& p = plan.problem;
-    const int64_t pixels = (rows.end - rows.begin) * p.width, channels = p.expand_channels;
-    const T* from = static_cast<const T*>(plan.input) + (image * p.height + rows.begin) * p.width * channels;
-    for (int64_t i = 0; i < pixels; ++i, from += channels) {
-      T* group = to + i / Rows * layout.blocks * block + i % Rows * V::width;
-      int64_t c = 0;
-      for (; c + V::width <= channels; c += V::width, group += block) V::store(group, V::load(from + c));
-      if (c < channels) V::store(group, V::load_n(from + c, static_cast<int>(channels - c)));
+    const Expansion& e = p.expand;
+    const T* plane = static_cast<const T*>(plan.input) + image * e.height * e.width * e.channels;
+    const int64_t groups = ((rows.end - rows.begin) * p.width + Rows - 1) / Rows;
+    if (e.kernel_h * e.kernel_w > 1) memset(to, 0, static_cast<size_t>(groups * layout.blocks * block) * sizeof(T));
+    int64_t pixel = 0;
+    for (int64_t y = rows.begin; y < rows.end; ++y) {
+      for (int64_t x = 0; x < p.width; ++x, ++pixel) {
+        T* const blocks = to + pixel / Rows * layout.blocks * block + pixel % Rows * V::width;
+        const int64_t left = x * e.stride_w - e.pad_left;
+        const int64_t begin = larger<int64_t>(0, -left), end = smaller(e.kernel_w, e.width - left);
+        for (int64_t r = 0; r < e.kernel_h; ++r) {
+          const int64_t row = y * e.stride_h - e.pad_top + r;
+          if (row < 0 || row >= e.height || begin >= end) continue;
+          copy_to_blocks(plane + (row * e.width + left + begin) * e.channels, (end - begin) * e.channels,
+                         (r * e.kernel_w + begin) * e.channels, blocks);
+        }
+      }
     }
   }
 
-  // One panel of e for some pixels.
-  static void expand(const ForwardPlan& plan, int64_t q, int64_t channels, int64_t pixels, const Layout& layout,
+  // from[0 .. count) to position `at` and on of one pixel of a group.
+  static void copy_to_blocks(const T* from, int64_t count, int64_t at, T* blocks) {
+    while (count > 0) {
+      const int64_t lane = at % V::width, lanes = smaller(count, V::width - lane);
+      T* const place = blocks + at / V::width * block + lane;
+      if (lanes == V::width)
+        V::store(place, V::load(from));
+      else
+        V::store_n(place, V::load_n(from, static_cast<int>(lanes)), static_cast<int>(lanes));
+      from += lanes;
+      at += lanes;
+      count -= lanes;
+    }
+  }
+
+  // The same as rows of x with zeros around, [row][row_length], for the product to walk as they are: the patches of
+  // neighbouring pixels of an image are image_stride apart, three channels by a stride of two.
+  static constexpr int image_stride = 6;
+
+  static void take_rows(const ForwardPlan& plan, int64_t image, const Interval& rows, const Layout& layout, T* to) {
+    const Expansion& e = plan.problem.expand;
+    const T* plane = static_cast<const T*>(plan.input) + image * e.height * e.width * e.channels;
+    const int64_t before = smaller(layout.row_length, e.pad_left * e.channels);
+    const int64_t inside = smaller(layout.row_length - before, e.width * e.channels);
+    const int64_t first = rows.begin * e.stride_h - e.pad_top;
+    const int64_t last = (rows.end - 1) * e.stride_h - e.pad_top + e.kernel_h;
+    for (int64_t row = first; row < last; ++row, to += layout.row_length) {
+      memset(to, 0, static_cast<size_t>(layout.row_length) * sizeof(T));
+      if (row >= 0 && row < e.height)
+        memcpy(to + before, plane + row * e.width * e.channels, static_cast<size_t>(inside) * sizeof(T));
+    }
+  }
+
+  // One panel of e for some rows.
+  static void expand(const ForwardPlan& plan, int64_t q, int64_t channels, int64_t rows, const Layout& layout,
                      const T* input, T* e) {
     const Problem& p = plan.problem;
+    const int64_t pixels = rows * p.width, registers = (channels + V::width - 1) / V::width;
     Product<T> product = {};
     product.groups = 1;
-    product.depth = p.expand_channels;
+    product.depth = expansion_depth(p);
     product.block_depth = V::width;
     product.a_block_stride = block;
     product.a_stride = 1;
-    product.b = packed<T>(plan, plan.layout.expand) + q * p.expand_channels * panel;
+    product.b = packed<T>(plan, plan.layout.expand) + q * expansion_depth(p) * panel;
     product.b_stride = panel;
     product.start = packed<T>(plan, plan.layout.expand_bias) + q * panel;
-    product.clamp = clamp_of<T>(p.expand_activation);
+    product.clamp = clamp_of<T>(p.expand.activation);
     product.c_stride = product.column_count = panel;
-    for (int64_t first = 0; first < pixels; first += Rows) {
-      product.a = input + first / Rows * layout.blocks * block;
-      product.c = e + first * panel;
-      multiply<V, Rows, Columns, V::width>(product, smaller<int64_t>(Rows, pixels - first),
-                                           (channels + V::width - 1) / V::width);
+    if (layout.by_rows) {
+      product.groups = p.expand.kernel_h;
+      product.depth = product.block_depth = p.expand.kernel_w * p.expand.channels;
+      product.a_block_stride = layout.row_length;
+      const int64_t tiles = (p.width + Rows - 1) / Rows;
+      for (int64_t i = 0; i < rows * tiles; ++i) {
+        const int64_t row = i / tiles, begin = cut(p.width, tiles, i % tiles), end = cut(p.width, tiles, i % tiles + 1);
+        product.a = input + row * p.expand.stride_h * layout.row_length + begin * image_stride;
+        product.c = e + (row * p.width + begin) * panel;
+        multiply<V, Rows, Columns, image_stride>(product, end - begin, registers);
+      }
+    } else {
+      for (int64_t first = 0; first < pixels; first += Rows) {
+        product.a = input + first / Rows * layout.blocks * block;
+        product.c = e + first * panel;
+        multiply<V, Rows, Columns, V::width>(product, smaller<int64_t>(Rows, pixels - first), registers);
+      }
     }
-    if (!is_clamp(p.expand_activation)) activate<V>(p.expand_activation, e, pixels * panel);
+    if (!is_clamp(p.expand.activation)) activate<V>(p.expand.activation, e, pixels * panel);
   }
 };
 

@@ -15,7 +15,8 @@ namespace fastsep {
 //   depthwise_bias           [m][padded C]
 //   pointwise                [panels][m*C][panel]   panel output channels side by side, zeros in the last
 //   bias                     [panels*panel]
-//   expand                   [expand_panels][E][panel]  panel depthwise channels side by side, zeros in the last
+//   expand                   [expand_panels][expansion_depth][panel]
+//                            panel depthwise channels side by side, zeros in the last; depth (r, s, i)
 //   expand_bias              [expand_panels*panel]
 struct PackedLayout {
   int64_t padded_channels;
@@ -130,6 +131,11 @@ struct Kernel {
 #undef FASTSEP_KERNEL
 
 namespace {  // a copy for each file, see vector.h
+
+// How many products make one element of e; 0 without an expansion.
+inline int64_t expansion_depth(const Problem& p) {
+  return p.expand.channels > 0 ? p.expand.channels * p.expand.kernel_h * p.expand.kernel_w : 0;
+}
 
 // A part of the packed weights.
 template <class T, class Plan>

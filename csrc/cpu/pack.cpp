@@ -10,8 +10,9 @@ namespace {
 struct Header {
   uint64_t magic;
   int32_t isa, dtype;
-  int64_t channels, out_channels, multiplier, kernel_h, kernel_w, expand_channels;
-  int64_t reserved[8];
+  int64_t channels, out_channels, multiplier, kernel_h, kernel_w;
+  int64_t expand_channels, expand_kernel_h, expand_kernel_w;
+  int64_t reserved[6];
 };
 constexpr size_t header_bytes = sizeof(Header);
 static_assert(header_bytes == 128, "the weights behind the header are aligned to 64 bytes");
@@ -27,7 +28,11 @@ Header header_of(const Problem& p, const Kernel& kernel) {
   header.multiplier = p.multiplier;
   header.kernel_h = p.kernel_h;
   header.kernel_w = p.kernel_w;
-  header.expand_channels = p.expand_channels;
+  if (p.expand.channels > 0) {
+    header.expand_channels = p.expand.channels;
+    header.expand_kernel_h = p.expand.kernel_h;
+    header.expand_kernel_w = p.expand.kernel_w;
+  }
   return header;
 }
 
@@ -78,9 +83,18 @@ struct Packing {
   }
 
   void expand(int64_t index) const {
-    transposed_panel(static_cast<const T*>(weights.expand_weight), static_cast<const T*>(weights.expand_bias),
-                     problem.channels, problem.expand_channels, index, packed + layout.expand,
-                     packed + layout.expand_bias);
+    const T* const weight = static_cast<const T*>(weights.expand_weight);
+    const int64_t channels = problem.expand.channels, taps = problem.expand.kernel_h * problem.expand.kernel_w;
+    transposed_panel(weight, static_cast<const T*>(weights.expand_bias), problem.channels, expansion_depth(problem),
+                     index, packed + layout.expand, packed + layout.expand_bias);
+    if (taps == 1) return;
+    // The channels of a tap lie together here, as they do in x.
+    T* const out = packed + layout.expand + index * taps * channels * panel;
+    const int64_t first = index * panel, left = problem.channels - first;
+    for (int64_t k = 0; k < (left < panel ? left : panel); ++k)
+      for (int64_t i = 0; i < channels; ++i)
+        for (int64_t tap = 0; tap < taps; ++tap)
+          out[(tap * channels + i) * panel + k] = weight[((first + k) * channels + i) * taps + tap];
   }
 
   void pointwise(int64_t index) const {
@@ -134,9 +148,9 @@ PackedLayout packed_layout(const Problem& p, const Kernel& kernel) {
   layout.depthwise_bias = layout.depthwise_planar + round_up(p.multiplier * p.channels * taps, line);
   layout.pointwise = layout.depthwise_bias + round_up(p.multiplier * layout.padded_channels, line);
   layout.bias = layout.pointwise + round_up(layout.panels * p.multiplier * p.channels * panel, line);
-  layout.expand_panels = p.expand_channels > 0 ? (p.channels + panel - 1) / panel : 0;
+  layout.expand_panels = p.expand.channels > 0 ? (p.channels + panel - 1) / panel : 0;
   layout.expand = layout.bias + round_up(layout.panels * panel, line);
-  layout.expand_bias = layout.expand + round_up(layout.expand_panels * p.expand_channels * panel, line);
+  layout.expand_bias = layout.expand + round_up(layout.expand_panels * expansion_depth(p) * panel, line);
   layout.elements = layout.expand_bias + round_up(layout.expand_panels * panel, line);
   return layout;
 }

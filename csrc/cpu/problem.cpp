@@ -55,7 +55,7 @@ const char* describe(Status status) {
     case Status::bad_enum: return "unknown dtype, layout or activation number, or one behind an absent pointwise half";
     case Status::bad_expansion:
       return "an expansion needs channels-last, one filter per channel and a pointwise half; a residual needs an "
-             "expansion, stride 1 and an output like the input";
+             "expansion and an output like the input";
     case Status::unsupported_isa: return "the instruction set is not compiled in or not supported by this processor";
     case Status::small_workspace: return "the workspace is smaller than workspace_bytes() asks for";
     case Status::bad_packed: return "the packed weights were made for another problem or instruction set";
@@ -89,13 +89,32 @@ bool derivative_from_output(Activation activation) {
   return false;
 }
 
+namespace {
+
+Status validate_expansion(const Problem& p) {
+  const Expansion& e = p.expand;
+  for (int64_t size : {e.height, e.width, e.kernel_h, e.kernel_w, e.stride_h, e.stride_w})
+    if (size < 1) return Status::bad_size;
+  if (e.pad_top < 0 || e.pad_left < 0) return Status::bad_size;
+  // The rows that the plane of e sees, and a vector behind; x; and the patches of the plane.
+  const Checked rows = Checked(p.height).times(e.stride_h).plus(e.kernel_h).plus(e.pad_top).plus(e.height);
+  const Checked columns = Checked(p.width).times(e.stride_w).plus(e.kernel_w).plus(e.pad_left).plus(e.width);
+  const Checked patch = Checked(e.channels).plus(64).times(e.kernel_h).times(e.kernel_w);
+  if (rows.overflow() || columns.overflow() || patch.overflow()) return Status::overflow;
+  const Checked input = Checked(p.batch < 1 ? 1 : p.batch).times(e.channels).times(e.height).times(e.width);
+  const Checked patches = Checked(p.height).plus(64).times(p.width).times((e.channels + 64) * e.kernel_h * e.kernel_w);
+  return input.overflow() || patches.overflow() ? Status::overflow : Status::ok;
+}
+
+}  // namespace
+
 Status validate(const Problem& p) {
   const auto in_range = [](int32_t value, int32_t count) { return value >= 0 && value < count; };
   if (!in_range(static_cast<int32_t>(p.dtype), 2) || !in_range(static_cast<int32_t>(p.layout), 2) ||
       !in_range(static_cast<int32_t>(p.mid_activation), activation_count) ||
       !in_range(static_cast<int32_t>(p.activation), activation_count))
     return Status::bad_enum;
-  if (!in_range(static_cast<int32_t>(p.expand_activation), activation_count)) return Status::bad_enum;
+  if (!in_range(static_cast<int32_t>(p.expand.activation), activation_count)) return Status::bad_enum;
   if (p.out_channels == 0 && p.activation != Activation::identity) return Status::bad_enum;
   for (int64_t size : {p.channels, p.height, p.width, p.multiplier, p.kernel_h, p.kernel_w, p.stride_h, p.stride_w,
                        p.dilation_h, p.dilation_w})
@@ -105,13 +124,13 @@ Status validate(const Problem& p) {
   if (axis_overflows(p.height, p.pad_top, p.pad_bottom, p.kernel_h, p.dilation_h, p.stride_h) ||
       axis_overflows(p.width, p.pad_left, p.pad_right, p.kernel_w, p.dilation_w, p.stride_w))
     return Status::overflow;
-  if (p.expand_channels < 0) return Status::bad_size;
-  if (p.expand_channels > 0 && (p.layout != Layout::nhwc || p.multiplier != 1 || p.out_channels == 0))
+  if (p.expand.channels < 0) return Status::bad_size;
+  if (p.expand.channels > 0 && (p.layout != Layout::nhwc || p.multiplier != 1 || p.out_channels == 0))
     return Status::bad_expansion;
-  if (p.expand_channels == 0 && p.expand_activation != Activation::identity) return Status::bad_expansion;
+  if (p.expand.channels > 0 && validate_expansion(p) != Status::ok) return validate_expansion(p);
   const int64_t oh = out_height(p), ow = out_width(p);
   const bool like_input =
-      p.expand_channels == p.out_channels && p.stride_h == 1 && p.stride_w == 1 && oh == p.height && ow == p.width;
+      p.expand.channels == p.out_channels && p.expand.channels > 0 && p.expand.height == oh && p.expand.width == ow;
   if (p.residual && !like_input) return Status::bad_expansion;
   if (oh < 1 || ow < 1) return Status::empty_output;
   const int64_t batch = p.batch < 1 ? 1 : p.batch;
@@ -119,12 +138,9 @@ Status validate(const Problem& p) {
   const int64_t reach_h = p.kernel_h * p.dilation_h, reach_w = p.kernel_w * p.dilation_w;
   if (Checked(p.channels).plus(64).overflow() || Checked(p.out_channels).plus(64).overflow()) return Status::overflow;
   const int64_t padded_channels = p.channels + 64, padded_out_channels = p.out_channels + 64;
-  if (Checked(p.expand_channels).plus(64).overflow()) return Status::overflow;
-  const Checked expand = Checked(p.expand_channels + 64).times(padded_channels);
-  const Checked input = Checked(batch)
-                            .times(p.channels > p.expand_channels ? p.channels : p.expand_channels)
-                            .times(p.height)
-                            .times(p.width);
+  const Checked expand =
+      Checked(p.expand.channels + 64).times(padded_channels).times(p.expand.kernel_h + 1).times(p.expand.kernel_w + 1);
+  const Checked input = Checked(batch).times(p.channels).times(p.height).times(p.width);
   const Checked output = Checked(batch).times(p.out_channels).times(oh).times(ow);
   const Checked inner = Checked(batch).times(p.channels).times(p.multiplier).times(oh).times(ow);
   // The backward pass keeps up to 32 partial sums of each weight.

@@ -90,14 +90,23 @@ struct Reference {
 
   std::vector<double> expand() const {
     std::vector<double> e;
-    if (p.expand_channels == 0) return e;
+    if (p.expand.channels == 0) return e;
     e.resize(static_cast<size_t>(p.batch * p.height * p.width * p.channels));
+    const Expansion& to = p.expand;
     for (size_t i = 0; i < e.size(); ++i) {
-      const int64_t pixel = static_cast<int64_t>(i) / p.channels, c = static_cast<int64_t>(i) % p.channels;
+      const int64_t c = static_cast<int64_t>(i) % p.channels, pixel = static_cast<int64_t>(i) / p.channels;
+      const int64_t n = pixel / (p.height * p.width), y = pixel / p.width % p.height, left = pixel % p.width;
       double sum = value(weights.expand_bias, c);
-      for (int64_t k = 0; k < p.expand_channels; ++k)
-        sum += value(x, pixel * p.expand_channels + k) * value(weights.expand_weight, c * p.expand_channels + k);
-      e[i] = finish(p.expand_activation, sum);
+      for (int64_t r = 0; r < to.kernel_h; ++r) {
+        for (int64_t s = 0; s < to.kernel_w; ++s) {
+          const int64_t h = y * to.stride_h - to.pad_top + r, w = left * to.stride_w - to.pad_left + s;
+          if (h < 0 || h >= to.height || w < 0 || w >= to.width) continue;
+          for (int64_t k = 0; k < to.channels; ++k)
+            sum += value(x, ((n * to.height + h) * to.width + w) * to.channels + k) *
+                   value(weights.expand_weight, ((c * to.channels + k) * to.kernel_h + r) * to.kernel_w + s);
+        }
+      }
+      e[i] = finish(to.activation, sum);
     }
     return e;
   }

@@ -68,8 +68,16 @@ Case parse(const std::string& line) {
   c.bias = number("b", "0") != 0;
   p.mid_activation = activation_from_name(take("mid", "identity"));
   p.activation = activation_from_name(take("act", "identity"));
-  p.expand_channels = number("e", "0");
-  p.expand_activation = activation_from_name(take("ea", "identity"));
+  p.expand.channels = number("e", "0");
+  p.expand.activation = activation_from_name(take("ea", "identity"));
+  p.expand.height = number("eh", std::to_string(p.height));
+  p.expand.width = number("ew", std::to_string(p.width));
+  p.expand.kernel_h = number("ekh", "1");
+  p.expand.kernel_w = number("ekw", "1");
+  p.expand.stride_h = number("esh", "1");
+  p.expand.stride_w = number("esw", "1");
+  p.expand.pad_top = number("ept", "0");
+  p.expand.pad_left = number("epl", "0");
   p.residual = number("res", "0") != 0;
   if (!fields.empty()) fail("unknown key " + fields.begin()->first + " in: " + line);
   return c;

@@ -23,7 +23,7 @@ Problem with_integer_activations(Problem p) {
   };
   if (!exact(p.mid_activation)) p.mid_activation = Activation::relu6;
   if (!exact(p.activation)) p.activation = Activation::identity;
-  if (!exact(p.expand_activation)) p.expand_activation = Activation::relu;
+  if (!exact(p.expand.activation)) p.expand.activation = Activation::relu;
   return p;
 }
 
@@ -40,11 +40,11 @@ void run_case(const Kernel& kernel, const Case& c, Layout layout) {
   p.dtype = kernel.dtype;
   p.layout = layout;
   const Status status = validate(p);
-  if (p.expand_channels > 0 && layout == Layout::nchw)
+  if (p.expand.channels > 0 && layout == Layout::nchw)
     return expect(status == Status::bad_expansion, kernel, c, p, "an expansion of NCHW");
   expect(status == Status::ok, kernel, c, p, std::string("validate: ") + describe(status));
   if (status != Status::ok) return;
-  if (p.expand_channels > 0) {
+  if (p.expand.channels > 0) {
     test_forward(kernel, c, with_integer_activations(p), true, Tight::end);
     return test_forward(kernel, c, p, false, Tight::begin);
   }
@@ -74,7 +74,7 @@ int run(const std::vector<std::string>& paths) {
     std::cout << kernel->name << ": " << cases.size() << " cases, " << tally.checks - before << " checks\n";
   }
   for (const Case& c : cases)
-    if (c.problem.batch > 0 && c.problem.pad_top < c.problem.height && c.problem.expand_channels == 0) {
+    if (c.problem.batch > 0 && c.problem.pad_top < c.problem.height && c.problem.expand.channels == 0) {
       test_validate(c.problem);
       break;
     }

@@ -45,7 +45,7 @@ struct Run {
     // Rounding: each of the n additions and products of a sum errs by eps of the sum of magnitudes at most; an
     // activation stretches that by less than 2 (hardswish and silu have slopes up to 1.5) and rounds on its own.
     const double terms =
-        static_cast<double>(p.kernel_h * p.kernel_w + p.channels * p.multiplier + p.expand_channels + 8);
+        static_cast<double>(p.kernel_h * p.kernel_w + p.channels * p.multiplier + expansion_depth(p) + 8);
     const double eps = std::numeric_limits<T>::epsilon();
     int64_t bad = -1, zeros = 0;
     for (int64_t i = 0; i < output_size(); ++i) {
@@ -61,9 +61,10 @@ struct Run {
 
   void all() {
     const int64_t depth = p.channels * p.multiplier;
-    const int64_t seen_channels = p.expand_channels > 0 ? p.expand_channels : p.channels;
-    const Guarded input = numbers.drawn(p.batch * seen_channels * p.height * p.width);
-    const Guarded expand_weight = numbers.drawn(p.expand_channels * p.channels),
+    const Expansion& e = p.expand;
+    const Guarded input =
+        numbers.drawn(p.batch * (e.channels > 0 ? e.channels * e.height * e.width : p.channels * p.height * p.width));
+    const Guarded expand_weight = numbers.drawn(expansion_depth(p) * p.channels),
                   expand_bias = numbers.drawn(p.channels);
     const Guarded depthwise_weight = numbers.drawn(depth * p.kernel_h * p.kernel_w),
                   depthwise_bias = numbers.drawn(depth);
