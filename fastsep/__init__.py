@@ -6,8 +6,16 @@ torch.Size([1, 64, 112, 112])
 """
 
 from . import reference
-from .functional import separable_conv2d
+from .depthwise import DepthwiseConv2d
+from .functional import depthwise_conv2d, separable_conv2d
 from .modules import SeparableConv2d
 
 __version__ = "0.1.0"
-__all__ = ["SeparableConv2d", "__version__", "reference", "separable_conv2d"]
+__all__ = [
+    "DepthwiseConv2d",
+    "SeparableConv2d",
+    "__version__",
+    "depthwise_conv2d",
+    "reference",
+    "separable_conv2d",
+]

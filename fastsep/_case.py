@@ -3,6 +3,8 @@
 A line holds ``key=value`` tokens; what it leaves out has the default below, and '#' begins a comment:
 
     name=tf_same c=8 h=7 w=5 k=16 kh=3 kw=3 sh=2 sw=2 pb=1 pr=1 b=1 mid=relu6
+
+With k=0 it is the depthwise half alone, depthwise_conv2d, whose bias and activation are db and mid.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor
 
@@ -30,7 +32,7 @@ class Case:
     c: int  # input channels
     h: int
     w: int
-    k: int  # output channels
+    k: int  # output channels, 0 for the depthwise half alone
     kh: int  # depthwise kernel
     kw: int
     n: int = 1
@@ -60,6 +62,11 @@ class Case:
         return (self.w + self.pl + self.pr - self.dw * (self.kw - 1) - 1) // self.sw + 1
 
     @property
+    def output(self) -> tuple[int, int, int, int]:
+        """The shape of the result."""
+        return self.n, self.k or self.c * self.m, self.oh, self.ow
+
+    @property
     def problem(self) -> tuple[int, ...]:
         """The 20 integers that the native module's functions take (see _core.pyi)."""
         return (
@@ -71,17 +78,33 @@ class Case:
 
     @property
     def options(self) -> dict[str, object]:
-        """The arguments of separable_conv2d that are not tensors."""
+        """The arguments of separable_conv2d, or with k=0 of depthwise_conv2d, that are not tensors."""
+        mid, act = (None if name == "identity" else name for name in (self.mid, self.act))
+        activations = {"mid_activation": mid, "activation": act} if self.k else {"activation": mid}
         return {
             "stride": (self.sh, self.sw),
             "padding": ((self.pt, self.pb), (self.pl, self.pr)),
             "dilation": (self.dh, self.dw),
-            "mid_activation": None if self.mid == "identity" else self.mid,
-            "activation": None if self.act == "identity" else self.act,
+            **activations,
         }
 
     def tensors(self, seed: int = 0, integers: int = 0) -> dict[str, Tensor | None]:
-        """The tensors among separable_conv2d's arguments: normal numbers, or integers up to `integers`."""
+        """separable_conv2d's tensors, some perhaps None: normal numbers, or integers up to `integers`."""
+        draw = self._numbers(seed, integers)
+        inner = self.c * self.m
+        return {
+            "input": draw(self.n, self.c, self.h, self.w).contiguous(memory_format=LAYOUTS[self.layout]),
+            "depthwise_weight": draw(inner, 1, self.kh, self.kw),
+            "pointwise_weight": draw(self.k, inner, 1, 1) if self.k else None,
+            "bias": draw(self.k) if self.k and self.b else None,
+            "depthwise_bias": draw(inner) if self.db else None,
+        }
+
+    def gradient(self, seed: int = 1, integers: int = 0) -> Tensor:
+        """Of some loss with respect to the result: numbers of the same kind."""
+        return self._numbers(seed, integers)(*self.output).contiguous(memory_format=LAYOUTS[self.layout])
+
+    def _numbers(self, seed: int, integers: int) -> Callable[..., Tensor]:
         dtype, generator = DTYPES[self.dtype], torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -89,14 +112,7 @@ class Case:
                 return torch.randint(-integers, integers + 1, shape, generator=generator).to(dtype)
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
-        inner = self.c * self.m
-        return {
-            "input": draw(self.n, self.c, self.h, self.w).contiguous(memory_format=LAYOUTS[self.layout]),
-            "depthwise_weight": draw(inner, 1, self.kh, self.kw),
-            "pointwise_weight": draw(self.k, inner, 1, 1),
-            "bias": draw(self.k) if self.b else None,
-            "depthwise_bias": draw(inner) if self.db else None,
-        }
+        return draw
 
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Case)}
@@ -130,7 +146,10 @@ def parse_case(line: str) -> Case:
     lacking = [name for name in _REQUIRED if name not in values]
     if lacking:
         raise ValueError(f"{', '.join(lacking)} missing in {line.strip()!r}")
-    return Case(**values)  # type: ignore[arg-type]
+    case = Case(**values)  # type: ignore[arg-type]
+    if case.k == 0 and (case.b or case.act != "identity"):
+        raise ValueError(f"b and act must be left out with k=0, got {line.strip()!r}")
+    return case
 
 
 def format_case(case: Case) -> str:
@@ -142,7 +161,7 @@ def format_case(case: Case) -> str:
 def case_of(
     input: Tensor,
     depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
+    pointwise_weight: Tensor | None,
     depthwise_bias: Tensor | None,
     bias: Tensor | None,
     stride: tuple[int, int],
@@ -157,8 +176,9 @@ def case_of(
     n, c, h, w = input.shape
     inner, _, kh, kw = depthwise_weight.shape
     (sh, sw), (dh, dw), (pt, pb, pl, pr) = stride, dilation, padding
+    k = 0 if pointwise_weight is None else pointwise_weight.shape[0]
     return Case(
-        n=n, c=c, h=h, w=w, k=pointwise_weight.shape[0], m=inner // c, kh=kh, kw=kw,
+        n=n, c=c, h=h, w=w, k=k, m=inner // c, kh=kh, kw=kw,
         sh=sh, sw=sw, dh=dh, dw=dw, pt=pt, pb=pb, pl=pl, pr=pr,
         db=int(depthwise_bias is not None), b=int(bias is not None), mid=mid_activation, act=activation,
         dtype=str(input.dtype)[6:], layout="nhwc" if nhwc else "nchw",

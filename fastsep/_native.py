@@ -68,24 +68,33 @@ def pack(
     pointwise_weight: Tensor,
     depthwise_bias: Tensor | None,
     bias: Tensor | None,
+    expand_weight: Tensor | None = None,
+    expand_bias: Tensor | None = None,
 ) -> Tensor | None:
     """The weights as the native kernels want them, or None where no native kernel would use them.
 
     A uint8 tensor at a multiple of 64 bytes. It serves every input of that many channels, every layout,
-    stride and activation.
+    stride and activation; with an expand_weight, the operator
+    expanded_separable_conv2d; None then also where that weight is not finite and reaches beyond the plane.
     """
     code = DTYPES.get(depthwise_weight.dtype)
-    weights = (depthwise_weight, depthwise_bias, pointwise_weight, bias)
+    weights = (depthwise_weight, depthwise_bias, pointwise_weight, bias, expand_weight, expand_bias)
     if core is None or code is None or any(w is not None and w.device.type != "cpu" for w in weights):
+        return None
+    if expand_weight is not None and expand_weight[0, 0].numel() > 1 and not expand_weight.isfinite().all():
         return None
     inner, _, kh, kw = depthwise_weight.shape
     # What is packed does not depend on the input's size, so the smallest will do.
     sizes = 1, channels, kh, kw, pointwise_weight.shape[0], inner // channels, kh, kw
-    problem = (*sizes, 1, 1, 1, 1, 0, 0, 0, 0, code, 0, 0, 0)
+    problem: tuple[int, ...] = (*sizes, 1, 1, 1, 1, 0, 0, 0, 0, code, 0, 0, 0)
+    if expand_weight is not None:
+        _, channels, eh, ew = expand_weight.shape
+        expansion = 0, channels, 0, eh, ew, eh, ew, 1, 1, 0, 0
+        problem = (1, inner, *problem[2:5], 1, *problem[6:17], 1, 0, 0, *expansion)
     size = core.packed_bytes(problem, "")
     room = torch.empty(size + 63, dtype=torch.uint8)
     packed = room[-room.data_ptr() % 64 :][:size]
     dense = [None if w is None else w.detach().contiguous() for w in weights]
-    dw, db, pw, b = (0 if w is None else w.data_ptr() for w in dense)
-    core.pack(problem, "", dw, db, pw, b, packed.data_ptr(), size)
+    dw, db, pw, b, ew, eb = (0 if w is None else w.data_ptr() for w in dense)
+    core.pack(problem, "", dw, db, pw, b, packed.data_ptr(), size, ew, eb)
     return packed

@@ -1,4 +1,4 @@
-"""separable_conv2d: what the arguments mean, and which path computes them."""
+"""separable_conv2d and depthwise_conv2d: what the arguments mean, and which path computes them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from . import _native, _ops
 from ._activations import activation_name
-from ._autograd import apply, below_autograd
+from ._autograd import apply
+from ._ops import PLAIN
 
 Pair = tuple[int, int]
 Pads = tuple[int, int, int, int]  # top, bottom, left, right
@@ -70,80 +71,99 @@ def separable_conv2d(
             mid_activation=mid_activation,
             activation=activation,
         )
-    pads = parse_padding(padding)
-    steps, dilations = parse_pair(stride, "stride"), parse_pair(dilation, "dilation")
-    if isinstance(pads, str):
-        pads = same_padding(input, depthwise_weight, steps, dilations)
-    return dispatch(
-        *(input, depthwise_weight, pointwise_weight, depthwise_bias, bias, None, steps, pads, dilations),
-        activation_name(mid_activation, "mid_activation"),
-        activation_name(activation, "activation"),
-    )
+    if pointwise_weight is None:
+        raise TypeError("pointwise_weight must be a Tensor, got None")
+    geometry = parse_geometry(input, depthwise_weight, stride, padding, dilation)
+    mid, last = activation_name(mid_activation, "mid_activation"), activation_name(activation, "activation")
+    return dispatch(*tensors, None, *geometry, mid, last)
+
+
+def depthwise_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Padding = 0,
+    dilation: Size = 1,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """A depthwise convolution, where each channel has filters of its own, and an activation behind it.
+
+    y = activation(depthwise(input) + bias)
+
+    >>> x = torch.randn(8, 32, 112, 112)
+    >>> depthwise_conv2d(x, torch.randn(32, 1, 3, 3), stride=2, padding="same", activation="relu").shape
+    torch.Size([8, 32, 56, 56])
+
+    input: [N, C, H, W] or [C, H, W]. The result, [N, C*m, OH, OW] or [C*m, OH, OW], has the input's format.
+    weight: [C*m, 1, kernel_h, kernel_w], m filters for each channel, channel c's from c*m on.
+    bias: [C*m].
+    stride, padding, dilation, activation: as in separable_conv2d.
+
+    Errors and source are those of separable_conv2d.
+    """
+    if has_torch_function((input, weight, bias)):
+        return handle_torch_function(
+            depthwise_conv2d,
+            (input, weight, bias),
+            *(input, weight, bias, stride, padding, dilation),
+            activation=activation,
+        )
+    geometry = parse_geometry(input, weight, stride, padding, dilation)
+    mid = activation_name(activation, "activation")
+    return dispatch(input, weight, None, bias, None, None, *geometry, mid, "identity")
 
 
 def dispatch(*args: Any) -> Tensor:
-    """The operator, its arguments and [C, H, W] inputs too, by the path that serves them."""
-    input, depthwise_weight, pointwise_weight, depthwise_bias, bias = args[:5]
-    reason = why_composed(input, depthwise_weight, pointwise_weight, depthwise_bias, bias)
+    """The operator of these arguments (see _ops.py), [C, H, W] inputs too, by the path that serves them."""
+    tensors = input, depthwise_weight, pointwise_weight, depthwise_bias, bias = args[:5]
+    direct = depthwise_weight is not None and _ops.past_dispatcher(*tensors)
+    reason = (not direct and why_no_kernel(*tensors)) or why_not_now(input)
     if input.dim() == 3:
         return dispatch(input.unsqueeze(0), *args[1:]).squeeze(0)
     if reason:
-        return composition(reason, args[:5], args[6:])
+        return composition(reason, tensors, args[6:])
     if torch.compiler.is_compiling():
-        return _ops.op(*args)
+        return _ops.call(*args)
     # What the operator's autograd kernel would do, without the way through the dispatcher.
     if torch._C._are_functorch_transforms_active() or (
         torch.is_grad_enabled()
         and (
             input.requires_grad
             or depthwise_weight.requires_grad
-            or pointwise_weight.requires_grad
+            or (pointwise_weight is not None and pointwise_weight.requires_grad)
             or (depthwise_bias is not None and depthwise_bias.requires_grad)
             or (bias is not None and bias.requires_grad)
         )
     ):
         return apply(*args)
-    # The dispatcher costs 7 us. It is needed where something watches what runs, and for views that negate.
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._autograd._profiler_enabled()
-        or input.is_neg()
-        or depthwise_weight.is_neg()
-        or pointwise_weight.is_neg()
-        or (depthwise_bias is not None and depthwise_bias.is_neg())
-        or (bias is not None and bias.is_neg())
-    ):
-        with below_autograd():
-            return _ops.op(*args)
-    return _ops.cpu_kernel(*args)
+    return _ops.cpu_kernel(*args) if direct else _ops.run(*args)
 
 
-# Parameters are tensors like others here; any further subclass may have a mind of its own.
-PLAIN = (Tensor, nn.Parameter)
-
-
-def why_composed(input: Tensor, *weights: Tensor | None) -> str:
+def why_composed(*tensors: Any) -> str:
     """Why torch's operators have to do the work; empty where the native kernels can."""
-    plain = type(input) in PLAIN and weights[0] is not None and weights[1] is not None
-    dense = True
-    for weight in weights:
-        if weight is not None:
-            if type(weight) not in PLAIN:
-                plain = False
-            elif not weight.is_cpu or weight.layout is not torch.strided:
-                dense = False
-    if not plain and (reason := _subclass(input, *weights)):
+    return why_no_kernel(*tensors) or why_not_now(tensors[0])
+
+
+def why_no_kernel(*tensors: Any) -> str:
+    """Why native code cannot have these tensors; empty where it can."""
+    if any(type(tensor) not in PLAIN for tensor in tensors) and (reason := _subclass(*tensors)):
         return reason
+    if not tensors[0].is_cpu:
+        return f"no native kernel for {tensors[0].device.type}"
+    if any(x is not None and (not x.is_cpu or x.layout is not torch.strided) for x in tensors):
+        return "no native kernel for tensors that are not dense in memory"
+    return ""
+
+
+def why_not_now(input: Tensor) -> str:
+    """Why native code cannot serve this dtype in what torch is doing; empty where it can."""
     if _native.core is None:
         return f"native module missing: {_native.missing}"
-    if not input.is_cpu:
-        return f"no native kernel for {input.device.type}"
     dtype = input.dtype
     if dtype is not torch.float32 and dtype is not torch.float64:
         return f"no native kernel for {dtype}"
-    if input.layout is not torch.strided or not dense:
-        return "no native kernel for tensors that are not dense in memory"
     if torch.is_autocast_enabled("cpu"):
         return "autocast"
     if forward_ad._current_level >= 0:
@@ -154,9 +174,8 @@ def why_composed(input: Tensor, *weights: Tensor | None) -> str:
 
 
 def _subclass(*tensors: Tensor | None) -> str:
-    names = ("input", "depthwise_weight", "pointwise_weight", "depthwise_bias", "bias")
-    for name, tensor in zip(names, tensors, strict=True):
-        if type(tensor) in PLAIN or (tensor is None and name.endswith("bias")):
+    for i, (name, tensor) in enumerate(zip(_ops.tensor_names(tensors[2]), tensors, strict=True)):
+        if type(tensor) in PLAIN or (tensor is None and i > 1):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
@@ -168,6 +187,8 @@ def _subclass(*tensors: Tensor | None) -> str:
 
 def composition(reason: str, tensors: tuple[Any, ...], geometry: tuple[Any, ...]) -> Tensor:
     """The operator by torch's convolutions and activations."""
+    if torch._C._get_tracing_state() is not None:  # which has numbers of its own for shapes
+        return _ops.compose(*tensors, *geometry)
     begin = time.perf_counter() if _ops.VERBOSE else 0.0
     _ops.output_shape(*tensors, *geometry[:3])
     input, device = tensors[0], tensors[0].device.type
@@ -185,6 +206,8 @@ def composition(reason: str, tensors: tuple[Any, ...], geometry: tuple[Any, ...]
 
 def parse_pair(value: Size, name: str) -> Pair:
     """(height, width) of an int or a pair of ints."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value[0], value[1]
     try:
         if isinstance(value, Sequence) and not isinstance(value, str):
             first, second = value
@@ -195,6 +218,17 @@ def parse_pair(value: Size, name: str) -> Pair:
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}") from None
 
 
+def parse_geometry(
+    input: Tensor, depthwise_weight: Tensor, stride: Size, padding: Padding, dilation: Size
+) -> tuple[Pair, Pads, Pair]:
+    """Stride, padding and dilation as the operators want them."""
+    pads = parse_padding(padding)
+    steps, dilations = parse_pair(stride, "stride"), parse_pair(dilation, "dilation")
+    if isinstance(pads, str):
+        pads = same_padding(input, depthwise_weight, steps, dilations)
+    return steps, pads, dilations
+
+
 def parse_padding(value: Padding, error: type[Exception] = RuntimeError) -> Pads | str:
     """(top, bottom, left, right), or "same", which depends on the input; `error` for another word."""
     if isinstance(value, str):
@@ -203,6 +237,8 @@ def parse_padding(value: Padding, error: type[Exception] = RuntimeError) -> Pads
         if value == "same":
             return value
         raise error(f'padding must be "valid" or "same" where it is a word, got {value!r}')
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value[0], value[0], value[1], value[1]
     try:
         rows, columns = cast("tuple[Size, Size]", value if isinstance(value, Sequence) else (value, value))
         (top, bottom), (left, right) = parse_pair(rows, "padding"), parse_pair(columns, "padding")

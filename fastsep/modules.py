@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from . import _native
 from ._activations import ACTIVATIONS, activation_name
-from .functional import PLAIN, Padding, Pads, Size, dispatch, parse_padding, parse_pair, same_padding
+from ._ops import PLAIN
+from .depthwise import (
+    PaddingMode,
+    check_counts,
+    is_plain,
+    pad,
+    pads_of,
+    parse_sizes,
+    split_padding,
+    weights_of,
+)
+from .functional import Padding, Pads, Size, dispatch
 
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # since torch 2.7
 
@@ -58,7 +68,7 @@ class SeparableConv2d(nn.Module):
         dilation: Size = 1,
         depth_multiplier: int = 1,
         bias: bool = True,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        padding_mode: PaddingMode = "zeros",
         *,
         depthwise_bias: bool = False,
         mid_activation: str | None = None,
@@ -68,35 +78,12 @@ class SeparableConv2d(nn.Module):
     ) -> None:
         module: Any = super()  # Any, for some of its methods have no types
         module.__init__()
-        counts = [in_channels, out_channels, depth_multiplier]
-        for name, count in zip(("in_channels", "out_channels", "depth_multiplier"), counts, strict=True):
-            if not isinstance(count, int):
-                raise TypeError(f"{name} must be an int, got {count!r}")
-            if count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}")
-        kernel, stride, dilation = (
-            parse_pair(kernel_size, "kernel_size"),
-            parse_pair(stride, "stride"),
-            parse_pair(dilation, "dilation"),
-        )
-        for name, pair in {"kernel_size": kernel, "stride": stride, "dilation": dilation}.items():
-            if min(pair) < 1:
-                raise ValueError(f"{name} must be at least 1, got {pair}")
-        pads = parse_padding(padding, ValueError)
-        if not isinstance(pads, str) and min(pads) < 0:
-            raise ValueError(f"padding must be at least 0, got {padding!r}")
+        check_counts(in_channels=in_channels, out_channels=out_channels, depth_multiplier=depth_multiplier)
+        kernel, stride, dilation = parse_sizes(kernel_size=kernel_size, stride=stride, dilation=dilation)
+        self._padding, child_padding = split_padding(padding, stride)
         self.mid_activation, self.activation = mid_activation, activation
         activation_name(mid_activation, "mid_activation")
         activation_name(activation, "activation")
-
-        # What nn.Conv2d cannot hold the layer keeps: "same" with a stride, and sides that differ.
-        self._padding: Pads | str | None = pads
-        child_padding: Any = 0
-        if isinstance(pads, str):
-            if stride == (1, 1):
-                self._padding, child_padding = None, pads
-        elif pads[0] == pads[1] and pads[2] == pads[3]:
-            self._padding, child_padding = None, (pads[0], pads[2])
 
         inner = in_channels * depth_multiplier
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -145,13 +132,15 @@ class SeparableConv2d(nn.Module):
             or not self._is_fusable(depthwise, pointwise)
         ):
             return self._call_children(input)
-        dw, db = _weights(depthwise)
-        pw, b = _weights(pointwise)
+        dw, db = weights_of(depthwise)
+        pw, b = weights_of(pointwise)
+        if pw is None:  # which the child knows to refuse
+            return self._call_children(input)
         if isinstance(input, Tensor) and input.dim() > 2 and input.shape[-3] != depthwise.groups:
             raise RuntimeError(f"input must have {depthwise.groups} channels, got {list(input.shape)}")
         pads = self._pads(input, depthwise)
         if depthwise.padding_mode != "zeros":
-            input, pads = _pad(input, pads, depthwise.padding_mode), (0, 0, 0, 0)
+            input, pads = pad(input, pads, depthwise.padding_mode), (0, 0, 0, 0)
         # Packed weights belong to one processor: no part of an exported program.
         packed = None if _is_exporting() else self._packed
         if packed is not None:
@@ -165,8 +154,8 @@ class SeparableConv2d(nn.Module):
     def _is_fusable(self, depthwise: Any, pointwise: Any) -> bool:
         """Whether calling the children is the same as separable_conv2d on their weights."""
         return (
-            _is_plain(depthwise)
-            and _is_plain(pointwise)
+            is_plain(depthwise)
+            and is_plain(pointwise)
             and depthwise.groups == depthwise.in_channels
             and pointwise.groups == 1
             and pointwise.kernel_size == (1, 1)
@@ -180,18 +169,12 @@ class SeparableConv2d(nn.Module):
 
     def _pads(self, input: Tensor, depthwise: Any) -> Pads:
         """(top, bottom, left, right)"""
-        padding: Any = depthwise.padding if self._padding is None else self._padding
-        if isinstance(padding, str):
-            if padding == "valid":
-                return 0, 0, 0, 0
-            return same_padding(input, depthwise.weight, depthwise.stride, depthwise.dilation)
-        top, bottom, left, right = padding if len(padding) == 4 else (*padding[:1] * 2, *padding[1:] * 2)
-        return top, bottom, left, right
+        return pads_of(input, depthwise, self._padding)
 
     def _call_children(self, input: Tensor) -> Tensor:
         if self._padding is not None:
             mode = getattr(self.depthwise, "padding_mode", "zeros")
-            input = _pad(input, self._pads(input, self.depthwise), mode)
+            input = pad(input, self._pads(input, self.depthwise), mode)
         mid, last = (ACTIVATIONS[activation_name(getattr(self, name), name)] for name in _ACTIVATIONS)
         return last.forward(self.pointwise(mid.forward(self.depthwise(input))))
 
@@ -227,7 +210,7 @@ class SeparableConv2d(nn.Module):
         depthwise, pointwise = self.depthwise, self.pointwise
         if self._thawed is None or not self._is_fusable(depthwise, pointwise):
             return
-        (dw, db), (pw, b) = _weights(depthwise), _weights(pointwise)
+        (dw, db), (pw, b) = weights_of(depthwise), weights_of(pointwise)
         weights = dw, pw, db, b
         # A parametrized weight is another tensor in every call.
         plain = all(w is None or type(w) in PLAIN for w in weights)
@@ -261,34 +244,3 @@ def _overrides_torch(input: Any) -> bool:
 
 def _pack_again(layer: SeparableConv2d, _incompatible_keys: Any) -> None:
     layer._pack()
-
-
-def _is_plain(conv: Any) -> bool:
-    """Whether calling the module is F.conv2d on its weights and nothing else."""
-    return (
-        (type(conv) is nn.Conv2d or _forwards_as_conv2d(type(conv)))
-        and not conv._forward_hooks
-        and not conv._forward_pre_hooks
-        and not conv._backward_hooks
-        and not conv._backward_pre_hooks
-        and "forward" not in conv.__dict__
-    )
-
-
-def _forwards_as_conv2d(kind: type) -> bool:
-    """For subclasses such as those that torch.nn.utils.parametrize makes."""
-    methods = ("forward", "_conv_forward", "__call__", "_call_impl")
-    return issubclass(kind, nn.Conv2d) and all(getattr(kind, m) is getattr(nn.Conv2d, m) for m in methods)
-
-
-def _weights(conv: Any) -> tuple[Tensor, Tensor | None]:
-    """weight and bias; past nn.Module's slow attribute access where they are parameters."""
-    parameters = conv._parameters
-    if "weight" in parameters and "bias" in parameters:
-        return parameters["weight"], parameters["bias"]
-    return conv.weight, conv.bias
-
-
-def _pad(input: Tensor, pads: Pads, mode: str) -> Tensor:
-    top, bottom, left, right = pads
-    return F.pad(input, (left, right, top, bottom), "constant" if mode == "zeros" else mode)

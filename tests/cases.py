@@ -26,6 +26,11 @@ def varied(case: Case, dtype: str, layout: str) -> Case:
     return replace(case, dtype=dtype, layout=layout)
 
 
+def half(case: Case) -> Case:
+    """The depthwise half of a case alone."""
+    return replace(case, k=0, b=0, act="identity")
+
+
 @dataclass(frozen=True)
 class WrongCall:
     """A call of separable_conv2d that must raise: a good one but for ``change``."""

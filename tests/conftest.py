@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastsep import _native, _ops
+from fastsep import _backward, _native, _ops
 
 ISAS = _native.core.isas() if _native.core is not None else []
 
@@ -32,4 +32,13 @@ def native_calls(monkeypatch):
     calls = []
     kernel = _ops.cpu_kernel
     monkeypatch.setattr(_ops, "cpu_kernel", lambda *args: calls.append(args) or kernel(*args))
+    return calls
+
+
+@pytest.fixture
+def native_backward_calls(monkeypatch):
+    """The same of the gradients."""
+    calls = []
+    kernel = _backward.cpu_kernel
+    monkeypatch.setattr(_backward, "cpu_kernel", lambda *args: calls.append(args) or kernel(*args))
     return calls

@@ -7,15 +7,13 @@ from itertools import product
 
 import pytest
 import torch
-from cases import BY_NAME, VARIETIES, varied
+from cases import BY_NAME
 from torch.autograd import gradcheck, gradgradcheck
 
-import fastsep
 from fastsep import _ops
 from fastsep._activations import ACTIVATIONS
-from fastsep._case import format_case, parse_case
-
-NAMES = ("input", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias")
+from fastsep._case import parse_case
+from fastsep._check import NAMES, call, operands
 
 # For finite differences, which take a call for every number that goes in.
 SMALL = [
@@ -30,6 +28,9 @@ SMALL = [
     "c=2 h=3 w=5 k=2 kh=1 kw=3 dw=2 pl=2 pr=1 db=1 b=1 mid=tanh act=gelu",
     "n=2 c=2 h=2 w=3 k=1 kh=2 kw=2 pt=1 mid=gelu act=gelu_tanh",
     "c=2 h=3 w=3 k=2 kh=2 kw=2 b=1 mid=gelu_tanh act=tanh",
+    "c=2 h=4 w=5 k=0 m=2 kh=3 kw=3 sh=2 pt=1 pl=1 pr=2 db=1 mid=gelu",
+    "n=2 c=3 h=3 w=4 k=0 kh=2 kw=3 dw=2 pl=2 pr=2 mid=relu6",
+    "c=2 h=4 w=4 k=0 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1 db=1",
 ]
 
 
@@ -42,20 +43,15 @@ def leaves(case, *needed):
     return tensors
 
 
-def call(case, tensors):
-    return fastsep.separable_conv2d(**tensors, **case.options)
-
-
 def composed(case, tensors):
     geometry = ((case.sh, case.sw), (case.pt, case.pb, case.pl, case.pr), (case.dh, case.dw))
-    x, dw, pw, b, db = (tensors[name] for name in NAMES)
-    return _ops.compose(x, dw, pw, db, b, *geometry, case.mid, case.act)
+    return _ops.compose(*operands(tensors), *geometry, case.mid, case.act)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, in forward mode
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("line", SMALL)
-def test_finite_differences(line, layout):
+def test_finite_differences(line, layout, native_backward_calls):
     case = replace(parse_case(line), dtype="float64", layout=layout)
     tensors = leaves(case)
     inputs = [tensor for tensor in tensors.values() if tensor is not None]
@@ -64,42 +60,16 @@ def test_finite_differences(line, layout):
         given = iter(numbers)
         return call(case, {name: None if t is None else next(given) for name, t in tensors.items()})
 
-    # Forward mode goes by composition; batched gradients are what jacobians by torch.autograd use.
+    # Forward mode, batched gradients, which jacobians by torch.autograd use, and second derivatives go by
+    # composition, first ones by the kernels.
     assert gradcheck(function, inputs, check_forward_ad=True, check_batched_grad=True)
+    assert native_backward_calls
     assert gradgradcheck(function, inputs)
 
 
 def test_finite_differences_know_every_activation():
     cases = [parse_case(line) for line in SMALL]
     assert {case.mid for case in cases} == {case.act for case in cases} == set(ACTIVATIONS)
-
-
-COMPARED = [
-    "both_biases", "stride_2", "stride_2_tf_same", "strides_unequal", "stride_3", "dilation_and_stride",
-    "four_paddings", "padding_beyond_kernel", "multiplier_3", "kernel_4x4", "kernel_5x3",
-    "kernel_larger_than_plane", "one_pixel_plane_3x3", "channels_33_to_31", "gelu_of_stride_and_multiplier",
-    "mobilenet_v2_projection",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", COMPARED)
-@pytest.mark.parametrize("variety", VARIETIES, ids="-".join)
-def test_gradients_are_those_of_torch(name, variety):
-    case = varied(BY_NAME[name], *variety)
-    ours, theirs = leaves(case), leaves(case)
-    y, z = call(case, ours), composed(case, theirs)
-    # Uneven, strided as some layers hand it on.
-    weight = torch.randn(y.shape[::-1], dtype=y.dtype, generator=torch.Generator().manual_seed(2)).permute(
-        3, 2, 1, 0
-    )
-    y.backward(weight)
-    z.backward(weight)
-    for name in NAMES:
-        if ours[name] is not None:
-            got, expected = ours[name].grad, theirs[name].grad
-            scale = expected.abs().max().item() + 1
-            tolerance = 1e-5 if case.dtype == "float32" else 1e-12
-            assert (got - expected).abs().max() <= tolerance * scale, f"{name}: {format_case(case)}"
 
 
 @pytest.mark.parametrize("needed", [n for n in product([False, True], repeat=5) if any(n)], ids=str)
@@ -114,16 +84,6 @@ def test_every_subset_of_gradients(needed):
             torch.testing.assert_close(ours[name].grad, theirs[name].grad)
         else:
             assert ours[name].grad is None
-
-
-def test_only_input_and_weights_are_saved():
-    """What the two halves hand over, by far the largest tensor, is computed again."""
-    case = BY_NAME["mobilenet_v2_projection"]
-    tensors, saved = leaves(case), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
-        y = call(case, tensors)
-    assert set(saved) == {tensor.data_ptr() for tensor in tensors.values()}
-    y.sum().backward()
 
 
 def test_no_graph_where_nothing_needs_it():
@@ -161,7 +121,7 @@ def test_operator_has_the_gradient_itself():
     """Who calls it from an exported graph has no Function around it."""
     case = replace(BY_NAME["stride_2_tf_same"], dtype="float64", mid="silu", act="tanh")
     ours, theirs = leaves(case), leaves(case)
-    x, dw, pw, b, db = (ours[name] for name in NAMES)
+    x, dw, pw, db, b = operands(ours)
     geometry = (
         [case.sh, case.sw],
         [case.pt, case.pb, case.pl, case.pr],
@@ -202,15 +162,6 @@ def test_writing_to_what_was_saved_is_noticed():
         y.sum().backward()
 
 
-def test_checkpoint():
-    layer = fastsep.SeparableConv2d(6, 7, 3, mid_activation="gelu")
-    x = torch.randn(2, 6, 8, 8, requires_grad=True)
-    (expected,) = torch.autograd.grad(layer(x).square().sum(), x)
-    y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
-    (got,) = torch.autograd.grad(y.square().sum(), x)
-    assert torch.equal(got, expected)
-
-
 def test_gradient_is_the_same_in_every_run():
     case = BY_NAME["mobilenet_v2_projection"]
     runs = []
@@ -234,23 +185,6 @@ def test_gradients_of_activations_at_their_edges(activation, again):
     (expected,) = torch.autograd.grad(function.forward(x).mul(1), x, g, create_graph=again)
     with torch.set_grad_enabled(again):
         torch.testing.assert_close(function.backward(g, x), expected, equal_nan=True)
-
-
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 1), (1, -1, 1, 1), (-1, 1, 1, 1)], ids=["one", "channels", "images"]
-)
-def test_expanded_gradients(shape):
-    """With strides of zero, as sum() and mean() hand them on."""
-    case = replace(BY_NAME["both_biases"], n=2, dtype="float64", mid="gelu", act="tanh")
-    ours, theirs = leaves(case), leaves(case)
-    y, z = call(case, ours), composed(case, theirs)
-    small = [s if size == -1 else 1 for s, size in zip(y.shape, shape, strict=True)]
-    grad = torch.randn(small, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).expand(y.shape)
-    assert 0 in grad.stride()
-    y.backward(grad)
-    z.backward(grad)
-    for name in NAMES:
-        torch.testing.assert_close(ours[name].grad, theirs[name].grad, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", NAMES)

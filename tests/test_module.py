@@ -264,5 +264,6 @@ def test_training_step_is_that_of_two_convolutions():
 
 
 def test_public_names():
-    assert sorted(fastsep.__all__) == ["SeparableConv2d", "__version__", "reference", "separable_conv2d"]
+    layers, functions = ["DepthwiseConv2d", "SeparableConv2d"], ["depthwise_conv2d", "separable_conv2d"]
+    assert sorted(fastsep.__all__) == sorted([*layers, *functions, "__version__", "reference"])
     assert all(hasattr(fastsep, name) for name in fastsep.__all__)

@@ -314,6 +314,8 @@ def test_lines_are_read_back(case):
         ("c=1 h=1 w=1 k=1 kh=1 kw=-1", "kw must be a whole number, got '-1'"),
         ("c=1 h=1 w=1 k=1 kh=1 kw=1 mid=swish", "mid must be one of identity, relu,.* got 'swish'"),
         ("c=1 h=1 w=1 k=1 kh=1 kw=1 layout=chwn", "layout must be one of nchw, nhwc"),
+        ("c=1 h=1 w=1 k=0 kh=1 kw=1 b=1", "b and act must be left out with k=0"),
+        ("c=1 h=1 w=1 k=0 kh=1 kw=1 act=relu", "b and act must be left out with k=0"),
         ("", "missing"),
     ],
 )
@@ -342,6 +344,7 @@ fastsep.separable_conv2d(x[0].bfloat16(), dw.bfloat16(), pw.bfloat16(), activati
 fastsep.SeparableConv2d(4, 4, 3).freeze()(x)
 torch.compile(fastsep.separable_conv2d, backend="eager")(x, dw, pw)
 fastsep.separable_conv2d(x, dw.requires_grad_(), pw).sum().backward()
+fastsep.depthwise_conv2d(x.requires_grad_(), dw, stride=2, activation="silu").sum().backward()
 """
 
 
@@ -351,7 +354,7 @@ def test_verbose_lines():
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
     lines = result.stderr.splitlines()
-    assert len(lines) == 6, result.stderr
+    assert len(lines) == 9, result.stderr
     isa = _native.core.best_isa()
     expected = [
         (rf"native {isa} \| weights packed for this call, torch threads", "b=1 mid=relu6"),
@@ -363,6 +366,9 @@ def test_verbose_lines():
         (rf"native {isa} \| weights frozen, torch threads", "b=1"),
         (rf"native {isa} \| weights packed for this call, torch threads", ""),
         (rf"native {isa} \| weights packed for this call, torch threads", ""),
+        (rf"backward native {isa} \| gradients of depthwise_weight, torch threads", ""),
+        (rf"native {isa} \| weights packed for this call, torch threads", "k=0 .* mid=silu"),
+        (rf"backward native {isa} \| gradients of input, weight, torch threads", "k=0 .* mid=silu"),
     ]
     for line, (path, end) in zip(lines, expected, strict=True):
         assert re.fullmatch(rf"fastsep: {path} \| \d+\.\d{{3}} ms \| c=4 .*{end}", line)
@@ -370,6 +376,7 @@ def test_verbose_lines():
     assert parse_case(lines[0]) == first
     assert parse_case(lines[1]) == dataclasses.replace(first, b=0, dtype="float64", layout="nhwc")
     assert parse_case(lines[2]).n == 1
+    assert parse_case(lines[8]) == Case(c=4, h=7, w=6, k=0, kh=3, kw=3, n=2, m=2, sh=2, sw=2, mid="silu")
 
 
 @pytest.mark.parametrize("value", ["", "0"])

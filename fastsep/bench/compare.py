@@ -76,6 +76,7 @@ def two_convolutions(case: Case, tensors: Tensors) -> Run:
     """The case in torch's operators, all tensors in the case's layout."""
     layout = LAYOUTS[case.layout]
     x, dw, pw, db, b = operands(tensors)
+    assert pw is not None
     x, dw, pw = (tensor.contiguous(memory_format=layout) for tensor in (x, dw, pw))
     mid, act = (IN_PLACE.get(name, ACTIVATIONS[name].forward) for name in (case.mid, case.act))
     even = case.pt == case.pb and case.pl == case.pr

@@ -33,9 +33,16 @@ def load(network: str) -> Network:
     layers = [parse_case(line) for line in lines if line.split("#")[0].strip()]
     if not layers:
         raise ValueError(f"{path} holds no layers")
+    if any(case.k == 0 for case in layers):
+        raise ValueError(f"{path} holds a depthwise half alone, k=0, which is not compared")
     return Network(path.stem, layers)
 
 
 def operations(case: Case) -> int:
     """Multiplications and additions of a case, padding counted as if it were multiplied."""
     return 2 * case.n * case.oh * case.ow * case.c * case.m * (case.kh * case.kw + case.k)
+
+
+def backward_operations(case: Case) -> int:
+    """Those of all gradients: of two for each half, and of the depthwise half's result, computed again."""
+    return 2 * case.n * case.oh * case.ow * case.c * case.m * (3 * case.kh * case.kw + 2 * case.k)
