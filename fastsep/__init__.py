@@ -6,6 +6,7 @@ torch.Size([1, 64, 112, 112])
 """
 
 from . import reference
+from ._optimize import Report, optimize, report, revert
 from .depthwise import DepthwiseConv2d
 from .functional import depthwise_conv2d, separable_conv2d
 from .modules import SeparableConv2d
@@ -13,9 +14,13 @@ from .modules import SeparableConv2d
 __version__ = "0.1.0"
 __all__ = [
     "DepthwiseConv2d",
+    "Report",
     "SeparableConv2d",
     "__version__",
     "depthwise_conv2d",
+    "optimize",
     "reference",
+    "report",
+    "revert",
     "separable_conv2d",
 ]

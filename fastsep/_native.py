@@ -65,7 +65,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1}
 def pack(
     channels: int,
     depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
+    pointwise_weight: Tensor | None,
     depthwise_bias: Tensor | None,
     bias: Tensor | None,
     expand_weight: Tensor | None = None,
@@ -75,7 +75,8 @@ def pack(
 
     A uint8 tensor at a multiple of 64 bytes. It serves every input of that many channels, every layout,
     stride and activation; with an expand_weight, the operator
-    expanded_separable_conv2d; None then also where that weight is not finite and reaches beyond the plane.
+    expanded_separable_conv2d; None then also where that weight is not finite and reaches beyond the
+    plane. Without a pointwise_weight they are those of the depthwise half alone.
     """
     code = DTYPES.get(depthwise_weight.dtype)
     weights = (depthwise_weight, depthwise_bias, pointwise_weight, bias, expand_weight, expand_bias)
@@ -85,7 +86,8 @@ def pack(
         return None
     inner, _, kh, kw = depthwise_weight.shape
     # What is packed does not depend on the input's size, so the smallest will do.
-    sizes = 1, channels, kh, kw, pointwise_weight.shape[0], inner // channels, kh, kw
+    k = 0 if pointwise_weight is None else pointwise_weight.shape[0]
+    sizes = 1, channels, kh, kw, k, inner // channels, kh, kw
     problem: tuple[int, ...] = (*sizes, 1, 1, 1, 1, 0, 0, 0, 0, code, 0, 0, 0)
     if expand_weight is not None:
         _, channels, eh, ew = expand_weight.shape

@@ -1,0 +1,195 @@
+"""optimize(), report() and revert()."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from .forward import Forward
+from .plans import Filter, Maker, Mode
+from .report import Candidate, Report
+from .trace import regions
+from .verify import largest_error, tolerance
+
+Model = TypeVar("Model", bound=nn.Module)
+
+_RECORD = "_fastsep"  # the attribute of an optimized model
+
+
+@dataclass
+class _Record:
+    """What an optimized model keeps of how it became one."""
+
+    report: Report
+    taken_over: list[nn.Module] = field(default_factory=list)
+    required_grad: dict[str, bool] = field(default_factory=dict)
+
+
+def optimize(
+    model: Model,
+    example_inputs: Any = None,
+    *,
+    mode: Mode = "inference",
+    filter_fn: Filter | None = None,
+    verify: bool = True,
+    inplace: bool = False,
+) -> Model:
+    """The model with its depthwise and pointwise convolutions computed in one pass, wherever that is safe.
+
+    >>> model = optimize(torchvision.models.mobilenet_v2().eval(), torch.randn(1, 3, 224, 224))
+    >>> print(report(model))
+    >>> model(torch.randn(1, 3, 224, 224)).shape
+    torch.Size([1, 1000])
+
+    It finds depthwise -> [norm] -> [activation] -> pointwise -> [norm] -> [activation], however the model
+    writes it. For inference it also folds the norms of all other convolutions, packs the weights, has the
+    parameters require no gradient, and computes in channels-last where the model allows it. The module, its
+    children and the keys of its state dict stay as they are: what is swapped is its forward, and for any call
+    but a plain inference on the CPU (training, autocast, a compiler or exporter, hooks that came later) the
+    model's own forward runs. Weights that are loaded or written to later count; a write through `.data` does
+    not, and nor does a new value of a module's other attributes: optimize again after that.
+
+    model: any nn.Module, its weights on the CPU.
+    example_inputs: a tensor or a tuple of arguments to run both models on, such as torch.randn(1, 3, 224, 224).
+    mode: "inference", or "training": then only pairs without a norm between them are fused, nothing is
+        folded or packed, and gradients flow.
+    filter_fn: called with each depthwise convolution and its name; False leaves it as it is.
+    verify: compare each fused pair with what it replaces, and with example_inputs the whole model.
+    inplace: change this model instead of a copy.
+
+    ValueError for a model that trains where the mode is "inference", that lies on the meta device, or that is
+    optimized already; TypeError for something that is no nn.Module; RuntimeError where the results differ.
+    The given model is unharmed in every case.
+    """
+    _check(model, mode)
+    optimized = model if inplace else copy.deepcopy(model)
+    try:
+        _optimize(optimized, example_inputs, mode, filter_fn, verify)
+    except BaseException:
+        _give_back(optimized)
+        raise
+    return optimized
+
+
+def _check(model: nn.Module, mode: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if mode not in ("inference", "training"):
+        raise ValueError(f'mode must be "inference" or "training", got {mode!r}')
+    for name, module in model.named_modules():
+        if _RECORD in module.__dict__:
+            which = f"its {name}" if name else "it"
+            raise ValueError(f"model must not be optimized already, got one where {which} is: revert() that")
+        if mode == "inference" and module.training:
+            which = f"its {name}" if name else "it"
+            raise ValueError(f'model must be in eval mode for mode="inference", got one where {which} trains')
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"model must have its weights in memory, got {name} on the meta device")
+
+
+def _optimize(
+    model: nn.Module, example_inputs: Any, mode: Mode, filter_fn: Filter | None, verify: bool
+) -> None:
+    found, untraceable = regions(model)
+    summary = Report(type(model).__name__, mode, [])
+    record = _Record(summary)
+    forwards: list[Forward] = []
+    for region in found:
+        maker = Maker(region.name, mode)
+        plan, candidates = maker.plan(region, filter_fn, verify=verify)
+        summary.candidates += candidates
+        if plan.graph is not None:
+            forwards.append(Forward(region.module, mode, maker, plan))
+            summary.channels_last |= plan.channels_last
+    summary.candidates += _hidden(model, summary.candidates, untraceable)
+
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    compared = verify and example_inputs is not None and bool(forwards) and not any(m.training for m in model.modules())
+    with torch.no_grad():
+        expected = model(*copy.deepcopy(inputs)) if compared else None
+    for forward in forwards:
+        forward.root.__dict__.update(forward=forward, _apply=forward.apply)
+        record.taken_over.append(forward.root)
+    model.__dict__[_RECORD] = record
+    if forwards and mode == "inference":
+        record.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+        model.requires_grad_(False)
+    if compared:
+        with torch.no_grad():
+            summary.error = largest_error(model(*copy.deepcopy(inputs)), expected)
+        if not summary.error <= tolerance(expected):
+            raise RuntimeError(
+                f"model must give the same result when it is optimized, got a difference of {summary.error:.1e} of "
+                "the largest output"
+            )
+
+
+def _hidden(model: nn.Module, known: list[Candidate], untraceable: Mapping[str, str]) -> Iterator[Candidate]:
+    """Depthwise convolutions that no graph shows."""
+    names = {candidate.name for candidate in known}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d) or not 1 < module.groups == module.in_channels or name in names:
+            continue
+        reason = "the model's forward does not call it"
+        for ancestor in [*_ancestors(name), ""]:
+            if ancestor in untraceable:
+                reason = f"{ancestor or 'the model'} {untraceable[ancestor]}"
+                break
+        yield Candidate(name, False, reason)
+
+
+def _ancestors(name: str) -> list[str]:
+    """The modules that hold one, from the inside."""
+    parts = name.split(".")[:-1]
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+
+def report(model: nn.Module) -> Report:
+    """What optimize() did with a model: print() shows each depthwise convolution, fused or left, and why.
+
+    >>> print(report(optimize(model)))
+
+    model: one that optimize() returned.
+
+    ValueError for another.
+    """
+    return _record(model).report
+
+
+def revert(model: Model) -> Model:
+    """Undoes optimize(), in place: the model's own forward and requires_grad are back.
+
+    >>> model = revert(optimize(model))
+
+    model: one that optimize() returned.
+
+    ValueError for another.
+    """
+    _record(model)
+    _give_back(model)
+    return model
+
+
+def _record(model: nn.Module) -> _Record:
+    record = getattr(model, "__dict__", {}).get(_RECORD)
+    if not isinstance(record, _Record):
+        raise ValueError(f"model must be one that optimize() returned, got {type(model).__name__}")
+    return record
+
+
+def _give_back(model: nn.Module) -> None:
+    record = model.__dict__.pop(_RECORD, None)
+    if record is None:
+        return
+    for module in record.taken_over:
+        module.__dict__.pop("forward", None)
+        module.__dict__.pop("_apply", None)
+    for name, parameter in model.named_parameters():
+        if name in record.required_grad:
+            parameter.requires_grad_(record.required_grad[name])

@@ -1,0 +1,173 @@
+"""Takes the forward of a module over, and gives it back for every call that is not a plain inference."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as torch_module
+from torch.utils._pytree import tree_map_only
+
+from .._ops import memory_format
+from .trace import inputs_of
+
+_version = operator.attrgetter("_version")
+_training = operator.attrgetter("training")
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+
+
+class State:
+    """All that a plan was made of: it holds for as long as this is unchanged.
+
+    Which parameters, buffers and children the modules have, what was written to them, whether they train, and
+    that no hook is on them. (A write by way of `.data` cannot be seen.)
+    """
+
+    def __init__(self, root: nn.Module, called: set[nn.Module], *, weights: bool = True) -> None:
+        """`called` are modules that are still called, hooks and all. Without `weights` those may change."""
+        modules = list(root.modules())
+        kinds = ("_parameters", "_buffers", "_modules") if weights else ("_modules",)
+        self._slots = [
+            (slots, name) for module in modules for kind in kinds for slots in (getattr(module, kind),) for name in slots
+        ]
+        self._held = [slots[name] for slots, name in self._slots]  # so that no id is used again
+        self._tensors = [x for x in self._held if isinstance(x, Tensor) and not x.is_inference()]
+        self._modules = modules
+        self._hooks = [
+            hooks
+            for module in modules
+            if module is not root and module not in called
+            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        ]
+        self.key = self.now()
+
+    def now(self) -> Any:
+        """Something that is equal to its earlier self while nothing has changed."""
+        return (
+            [id(slots.get(name)) for slots, name in self._slots],
+            list(map(_version, self._tensors)),
+            list(map(_training, self._modules)),
+            any(self._hooks),
+        )
+
+    def holds(self) -> bool:
+        return bool(self.now() == self.key)
+
+
+@dataclass
+class Plan:
+    """A graph that computes what a module's forward did while the state was as it is, or None where none does."""
+
+    state: State
+    graph: fx.GraphModule | None = None
+    channels_last: bool = False
+
+
+class Forward:
+    """Stands in for the forward of `root`. `make` makes a plan of the module as it is now."""
+
+    def __init__(self, root: nn.Module, mode: str, make: Callable[[nn.Module], Plan], plan: Plan) -> None:
+        self.root, self.mode, self.make = root, mode, make
+        self.names = inputs_of(type(root).forward)
+        self.forget()
+        self._plans = [plan]
+
+    def forget(self) -> None:
+        self._plans: list[Plan] = []  # the newest first, and the one before it
+        self._seen: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return type(self.root).forward(self.root, *args, **kwargs)
+        if kwargs and len(args) + len(kwargs) == len(self.names):
+            rest = self.names[len(args) :]
+            if all(name in kwargs for name in rest):
+                args, kwargs = (*args, *(kwargs[name] for name in rest)), {}
+        plan = None
+        if not kwargs and len(args) == len(self.names) and not any(_GLOBAL_HOOKS):
+            if self.mode == "training" or self._is_plain_inference(args):
+                plan = self._plan()
+        if plan is None or plan.graph is None:
+            return type(self.root).forward(self.root, *args, **kwargs)
+        return _run(plan, args)
+
+    def _plan(self) -> Plan | None:
+        """The plan for the module's present state. A new state has to be seen twice before one is made, for
+        it may last for one call only, as in torch.func.functional_call."""
+        for plan in self._plans:
+            if plan.state.holds():
+                return plan
+        state = State(self.root, set(), weights=self.mode == "inference")
+        if self._plans and self._seen != state.key:
+            self._seen = state.key
+            return None
+        plan = self.make(self.root)
+        self._plans = [plan, *self._plans[:1]]
+        return plan
+
+    def _is_plain_inference(self, args: tuple[Any, ...]) -> bool:
+        """Whether nothing watches the call, and its tensors are such as the steps can take."""
+        watched = torch.is_grad_enabled()
+        for x in args:
+            if type(x) is not Tensor and isinstance(x, (Tensor, list, tuple, dict)):
+                return isinstance(x, nn.Parameter) and self._is_plain_inference((x.detach(),))
+            if type(x) is Tensor and (
+                not x.is_cpu or x.layout is not torch.strided or x.is_neg() or (watched and x.requires_grad)
+            ):
+                return False
+        if watched and any(parameter.requires_grad for parameter in self.root.parameters()):
+            return False
+        return not (
+            torch.is_autocast_enabled("cpu")
+            or forward_ad._current_level >= 0
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._len_torch_dispatch_stack()
+            or torch._C._is_torch_function_mode_enabled()
+            or torch._C._get_tracing_state() is not None
+        )
+
+    # The module's `_apply`, which to() and its like call: it can put other numbers where the weights were.
+
+    def apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        self.forget()
+        module: Any = self.root
+        return type(module)._apply(module, fn, recurse)  # type: ignore[no-any-return]
+
+    # Plans belong to this process and processor; copies and pickles make their own.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_plans": [], "_seen": None}
+
+
+class _Profiled(fx.Interpreter):
+    """Names each step for torch's profiler, which cannot see into native calls."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        with torch.profiler.record_function(f"fastsep: {getattr(target, '__name__', target)}"):
+            return super().call_function(target, args, kwargs)
+
+
+def _run(plan: Plan, args: tuple[Any, ...]) -> Any:
+    graph: Any = plan.graph
+    run = _Profiled(graph).run if torch._C._autograd._profiler_enabled() else graph.forward
+    if not plan.channels_last:
+        return run(*args)
+    formats = [memory_format(x) for x in args if isinstance(x, Tensor) and x.dim() == 4]
+    inputs = [
+        x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x
+        for x in args
+    ]
+    y = run(*inputs)
+    if not formats or formats[0] is torch.channels_last:
+        return y
+    return tree_map_only(Tensor, lambda t: t.contiguous() if t.dim() == 4 else t, y)

@@ -1,0 +1,228 @@
+"""Which nodes of a graph the kernels can compute together, and for the others why not.
+
+A pattern is a function of a Reader and a node: it returns a Match that begins at the node, None where the node
+is none of its business, or raises Unfit with the reason. plans.py tries PATTERNS in order, so that one that
+takes more nodes in goes before those that take less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from .. import _native
+from ..modules import SeparableConv2d
+from .chains import Convolution, Reader, Unfit
+from .live import LiveStep
+from .steps import DenseStep, DepthwiseStep, SeparableStep
+
+
+@dataclass
+class Match:
+    """Nodes, each of them the only user of the one before, and the step that computes the last one from the first
+    one's input. `convolution` is the first one; `kind` is what a report says."""
+
+    nodes: list[fx.Node]
+    step: Callable[[Tensor], Tensor]
+    kind: str
+    convolution: Convolution
+
+    @property
+    def input(self) -> fx.Node:
+        (node,) = (arg for arg in self.nodes[0].args[:1] if isinstance(arg, fx.Node))
+        return node
+
+    def run(self, reader: Reader, x: Tensor) -> Tensor:
+        """What the nodes compute from another input."""
+        values: dict[fx.Node, Any] = {self.input: x}
+
+        def value(node: fx.Node) -> Any:
+            return values[node] if node in values else reader.constant(node)
+
+        for node in self.nodes:
+            args: Any = fx.node.map_arg(node.args, value)
+            kwargs: Any = fx.node.map_arg(node.kwargs, value)
+            target: Any = reader.module(node) or node.target
+            if node.op == "call_method":
+                target, args = getattr(args[0], target), args[1:]
+            values[node] = target(*args, **kwargs)
+        result: Tensor = values[self.nodes[-1]]
+        return result
+
+
+@dataclass
+class Tail:
+    """A convolution with the norms behind it folded in, and the activation behind those."""
+
+    convolution: Convolution
+    activation: str
+    nodes: list[fx.Node]
+
+    @property
+    def next(self) -> fx.Node | None:
+        """The node behind, where it is the only one."""
+        users = list(self.nodes[-1].users)
+        return users[0] if len(users) == 1 else None
+
+
+def tail(
+    reader: Reader, convolution: Convolution, activation: str = "identity", *, lenient: bool = False
+) -> Tail:
+    """Takes in what can be folded into a convolution. Unfit for what looks as if it could and cannot; where
+    `lenient` the tail ends before that."""
+    result = Tail(convolution, activation, [convolution.node])
+    while (node := result.next) is not None and _reads_only(node, result.nodes[-1]):
+        try:
+            if reader.is_identity(node):
+                pass
+            elif result.activation != "identity":
+                break
+            elif (affine := reader.affine(node)) is not None:
+                result.convolution = affine.behind(result.convolution)
+            elif (name := reader.activation(node)) is not None:
+                result.activation = name
+            else:
+                break
+        except Unfit:
+            if lenient:
+                break
+            raise
+        result.nodes.append(node)
+    return result
+
+
+def _reads_only(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node takes another's result as its first argument and no second time."""
+    arguments: list[fx.Node] = []
+    fx.node.map_arg((node.args[1:], node.kwargs), arguments.append)
+    return bool(node.args) and node.args[0] is source and source not in arguments
+
+
+def separable_pair(reader: Reader, node: fx.Node) -> Match | None:
+    """Depthwise -> [norm] -> [activation] -> pointwise -> [norm] -> [activation]."""
+    if isinstance(layer := reader.module(node), SeparableConv2d):
+        return _separable_layer(reader, node, layer)
+    convolution = reader.convolution(node)
+    if convolution is None or not convolution.is_depthwise:
+        return None
+    first = tail(reader, convolution)
+    pointwise = _pointwise_behind(reader, first)
+    _check_native(convolution, pointwise)
+    second = tail(reader, pointwise, lenient=True)
+    step = SeparableStep(first.convolution, first.activation, second.convolution, second.activation)
+    return Match([*first.nodes, *second.nodes], step, "separable", convolution)
+
+
+def _separable_layer(reader: Reader, node: fx.Node, layer: SeparableConv2d) -> Match:
+    """The layer, with a norm and an activation behind it."""
+    depthwise, mid, pointwise, activation = reader.separable(node, layer)
+    _check_native(depthwise, pointwise)
+    second = tail(reader, pointwise, activation, lenient=True)
+    step = SeparableStep(depthwise, mid, second.convolution, second.activation)
+    return Match(second.nodes, step, "separable", depthwise)
+
+
+def live_pair(reader: Reader, node: fx.Node) -> Match | None:
+    """Depthwise -> [activation] -> pointwise -> [activation], with the modules' weights at the time."""
+    if isinstance(reader.module(node), SeparableConv2d):
+        raise Unfit("a SeparableConv2d, which is fused as it is")
+    convolution = reader.convolution(node)
+    if convolution is None or not convolution.is_depthwise:
+        return None
+    first = tail(reader, convolution)
+    pointwise = _pointwise_behind(reader, first)
+    _check_native(convolution, pointwise)
+    for half in (convolution, pointwise):
+        if half.module is None:
+            raise Unfit(f"{half.name} is no nn.Conv2d")
+    second = tail(reader, pointwise, lenient=True)
+    step = LiveStep(convolution, first.activation, pointwise, second.activation)
+    return Match([*first.nodes, *second.nodes], step, "separable", convolution)
+
+
+def _pointwise_behind(reader: Reader, first: Tail) -> Convolution:
+    name, last = first.convolution.name, first.nodes[-1]
+    if first.next is None:
+        if _is_gated(reader, last):
+            raise Unfit("squeeze-and-excite between")
+        raise Unfit(f"what lies behind {name} is used {len(last.users)} times")
+    pointwise = reader.convolution(first.next) if _reads_only(first.next, last) else None
+    if pointwise is None:
+        raise Unfit(f"followed by {describe(reader, first.next)}, not by a pointwise convolution")
+    if not pointwise.is_pointwise:
+        kh, kw = pointwise.weight.shape[2:]
+        raise Unfit(
+            f"{pointwise.name} behind it is a {kh} x {kw} convolution with groups {pointwise.groups}, stride "
+            f"{pointwise.stride} and padding {pointwise.padding}, not a pointwise one"
+        )
+    return pointwise
+
+
+_POOLS = torch.mean, F.adaptive_avg_pool2d, "mean"
+
+
+def _is_gated(reader: Reader, node: fx.Node) -> bool:
+    """Whether a node is averaged by one of its users and multiplied by another."""
+    modules = [reader.module(user) for user in node.users]
+    pooled = any(isinstance(module, nn.AdaptiveAvgPool2d) for module in modules)
+    return pooled or any(user.target in _POOLS for user in node.users)
+
+
+def _check_native(*convolutions: Convolution) -> None:
+    """Unfit where no kernel takes these weights."""
+    if _native.core is None:
+        raise Unfit(f"native module missing: {_native.missing}")
+    first = convolutions[0].weight
+    for convolution in convolutions:
+        for weight in (convolution.weight, convolution.bias):
+            if weight is None:
+                continue
+            if weight.device.type != "cpu":
+                raise Unfit(f"no native kernel for {weight.device.type}")
+            if weight.dtype not in _native.DTYPES:
+                raise Unfit(f"no native kernel for {weight.dtype}")
+            if weight.dtype != first.dtype:
+                raise Unfit(f"weights of {first.dtype} and {weight.dtype}")
+
+
+def lone_depthwise(reader: Reader, node: fx.Node) -> Match | None:
+    """Depthwise -> [norm] -> [activation], with anything behind."""
+    convolution = reader.convolution(node)
+    if convolution is None or not convolution.is_depthwise:
+        return None
+    _check_native(convolution)
+    only = tail(reader, convolution, lenient=True)
+    return Match(only.nodes, DepthwiseStep(only.convolution, only.activation), "depthwise", convolution)
+
+
+def dense(reader: Reader, node: fx.Node) -> Match | None:
+    """Any other convolution -> [norm] -> [activation], by torch's convolution."""
+    convolution = reader.convolution(node)
+    if convolution is None:
+        return None
+    if convolution.padding == "same" and convolution.stride != (1, 1):
+        raise Unfit("its padding depends on the input")
+    only = tail(reader, convolution, lenient=True)
+    return Match(only.nodes, DenseStep(only.convolution, only.activation), "dense", convolution)
+
+
+Pattern = Callable[[Reader, fx.Node], Match | None]
+
+# With a depthwise convolution among them, so that their reasons are reported.
+PATTERNS: Sequence[Pattern] = (separable_pair,)
+TRAINING_PATTERNS: Sequence[Pattern] = (live_pair,)
+# What is around the pairs.
+SURROUNDINGS: Sequence[Pattern] = (lone_depthwise, dense)
+
+
+def describe(reader: Reader, node: fx.Node) -> str:
+    module = reader.module(node)
+    if module is not None:
+        return f"{node.target} ({type(module).__name__})"
+    target: Any = node.target
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))

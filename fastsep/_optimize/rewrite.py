@@ -1,0 +1,158 @@
+"""A graph with the steps in it: what is matched, what is folded, and in which layout it runs."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .chains import Reader, Unfit
+from .patterns import SURROUNDINGS, Match
+from .steps import add
+from .trace import Region, why_opaque
+
+def drop_rank_checks(region: Region) -> None:
+    """Takes out assertions that a convolution's result is four-dimensional, which timm writes into its norms.
+
+    A step refuses any other input than a four-dimensional one itself.
+    """
+    reader = Reader(region.module, region.graph)
+    for node in list(region.graph.nodes):
+        if node.op != "call_function" or getattr(node.target, "__name__", "") != "_assert" or node.users:
+            continue
+        parts = [node]
+        while parts[-1].args and isinstance(parts[-1].args[0], fx.Node) and len(parts) < 3:
+            parts.append(parts[-1].args[0])
+        if len(parts) != 3:
+            continue
+        _, equal, rank = parts
+        if equal.target is not operator.eq or equal.args[1] != 4 or rank.target is not getattr:
+            continue
+        if rank.args[1] != "ndim" or not isinstance(reader.module(rank.args[0]), nn.Conv2d):  # type: ignore[arg-type]
+            continue
+        message = node.args[1] if len(node.args) > 1 else None
+        region.graph.erase_node(node)
+        for part in (equal, rank, message):
+            _erase_unused(region.graph, part)
+        # The message of the assertion has parts of its own.
+    for node in reversed(list(region.graph.nodes)):
+        if node.target is getattr and node.args[1:] == ("ndim",):
+            _erase_unused(region.graph, node)
+
+
+def _erase_unused(graph: fx.Graph, node: Any) -> None:
+    if isinstance(node, fx.Node) and not node.users:
+        graph.erase_node(node)
+
+
+def rewrite(
+    region: Region, matches: list[Match], *, inference: bool
+) -> tuple[fx.GraphModule, set[nn.Module], bool]:
+    """The region's graph with the steps in it, the modules that it still calls, and whether it is one for
+    channels-last tensors. For inference what is around the matches is folded, too."""
+    graph = region.graph
+    reader = Reader(region.module, graph)
+    if inference:
+        matches = matches + _surroundings(reader, {node for match in matches for node in match.nodes})
+    fresh = {_replace(graph, match) for match in matches}
+    channels_last = False
+    if inference:
+        _drop_identities(graph, reader)
+        _add_in_place(graph, fresh)
+        channels_last = _prepare_channels_last(graph, reader)
+    for node in reversed(list(graph.nodes)):
+        if node.op == "get_attr":
+            _erase_unused(graph, node)
+    modules = [reader.module(node) for node in graph.nodes]
+    called = {child for module in modules if module is not None for child in module.modules()}
+    graph.lint()
+    return fx.GraphModule(region.module, graph), called, channels_last
+
+
+def _surroundings(reader: Reader, taken: set[fx.Node]) -> list[Match]:
+    matches = []
+    for node in reader.graph.nodes:
+        for pattern in SURROUNDINGS if node not in taken else ():
+            try:
+                match = pattern(reader, node)
+            except Unfit:
+                continue
+            if match is not None and taken.isdisjoint(match.nodes):
+                matches.append(match)
+                taken.update(match.nodes)
+                break
+    return matches
+
+
+def _replace(graph: fx.Graph, match: Match) -> fx.Node:
+    """Computes a match's step where its first node was: there the input is what that node would have read."""
+    first, last = match.nodes[0], match.nodes[-1]
+    with graph.inserting_before(first):
+        node = graph.call_function(match.step, (match.input,))
+    last.replace_all_uses_with(node)
+    for old in reversed(match.nodes):
+        graph.erase_node(old)
+    return node
+
+
+def _drop_identities(graph: fx.Graph, reader: Reader) -> None:
+    for node in list(graph.nodes):
+        if reader.is_identity(node):
+            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            graph.erase_node(node)
+
+
+def _add_in_place(graph: fx.Graph, fresh: set[fx.Node]) -> None:
+    """Sums of a step's result, which nobody else reads, and something else go where the result is."""
+    for node in list(graph.nodes):
+        if node.target not in (operator.add, operator.iadd, torch.add) or len(node.args) != 2 or node.kwargs:
+            continue
+        for a, b in (node.args, node.args[::-1]):
+            if a in fresh and len(a.users) == 1 and isinstance(b, fx.Node) and b is not a:  # type: ignore[union-attr]
+                # `b += a` writes to b, which others may read.
+                if node.target is operator.iadd and a is not node.args[0]:
+                    continue
+                node.target, node.args = add, (a, b)
+                break
+
+
+# What asks for a tensor's place in memory and not for its values.
+_LAYOUT_METHODS = {
+    *("stride", "as_strided", "is_contiguous", "storage", "untyped_storage", "storage_offset", "data_ptr"),
+    *("resize_", "set_", "view_as", "as_strided_"),
+}
+
+
+def _prepare_channels_last(graph: fx.Graph, reader: Reader) -> bool:
+    """Whether the graph means the same on channels-last tensors; views become reshapes, which copy if need be."""
+    views = []
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target in _LAYOUT_METHODS:
+            return False
+        if node.op == "call_function" and node.target is torch.as_strided:
+            return False
+        if node.op == "placeholder" and any(_writes(reader, user) for user in node.users):
+            return False
+        if node.op == "call_method" and node.target == "view":
+            if any(isinstance(argument, torch.dtype) for argument in node.args) or node.kwargs:
+                return False
+            if any(_writes(reader, user) for user in node.users):
+                return False
+            views.append(node)
+    for node in views:
+        node.target = "reshape"
+    return True
+
+
+def _writes(reader: Reader, node: fx.Node) -> bool:
+    """Whether a node may write to its first argument."""
+    module = reader.module(node)
+    if module is not None:
+        return bool(getattr(module, "inplace", False)) or bool(why_opaque(module))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    if in_place or name in ("iadd", "imul", "isub", "itruediv", "setitem"):
+        return True
+    return any(value is True for value in (*node.args, *node.kwargs.values()))  # `inplace`, mostly

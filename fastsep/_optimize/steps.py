@@ -1,0 +1,134 @@
+"""What an optimized model calls: functions of a tensor with weights folded and packed once.
+
+They trust their caller: forward.py lets nothing in that autograd, a transform, a compiler or a mode watches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import _native, _ops
+from .._activations import ACTIVATIONS
+from ..functional import same_padding
+from .chains import Convolution
+
+# Shapes of inputs for which a step keeps what it worked out.
+_REMEMBERED = 64
+
+
+class _PackedStep:
+    """A native call on packed weights. For each shape and strides of the input all but the addresses is known."""
+
+    def __init__(
+        self,
+        depthwise: Convolution,
+        mid_activation: str,
+        pointwise: Convolution | None,
+        activation: str,
+    ) -> None:
+        self.__name__ = depthwise.name.replace(".", "_")
+        self.weights = (
+            depthwise.weight.detach(),
+            None if pointwise is None else pointwise.weight.detach(),
+            None if depthwise.bias is None else depthwise.bias.detach(),
+            None if pointwise is None or pointwise.bias is None else pointwise.bias.detach(),
+        )
+        self.dtype = depthwise.weight.dtype
+        self.channels = depthwise.in_channels
+        self.stride, self.padding, self.dilation = depthwise.stride, depthwise.padding, depthwise.dilation
+        self.mid_activation, self.activation = mid_activation, activation
+        packed = _native.pack(self.channels, *self.weights)
+        assert packed is not None
+        self.packed = packed
+        self.packed_at = packed.data_ptr(), packed.numel()
+        self.calls: dict[Any, Any] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        call = self.calls.get((x.shape, x.stride())) or self.prepare(x)
+        problem, shape, layout, dense = call
+        if not dense:
+            x = x.contiguous(memory_format=layout)
+        output = torch.empty(shape, dtype=self.dtype, memory_format=layout)
+        if _native.own_pool:
+            _native.core.set_num_threads(torch.get_num_threads())
+        _native.core.forward_packed(problem, "", x.data_ptr(), *self.packed_at, output.data_ptr())
+        return output
+
+    def prepare(self, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.memory_format, bool]:
+        """The problem, the output's shape and layout, and whether the input is dense in that layout."""
+        dw, pw, db, b = self.weights
+        pads = self.padding
+        if isinstance(pads, str):
+            pads = same_padding(x, dw, self.stride, self.dilation)
+        stand_in = dw.new_empty(1, 1, 1, 1).expand(1, dw.shape[0], 1, 1) if pw is None else pw
+        shape = _ops.output_shape(x, dw, stand_in, db, b, self.stride, pads, self.dilation)
+        if x.dtype is not self.dtype:
+            raise RuntimeError(f"input must have the weights' dtype, {self.dtype}, got {x.dtype}")
+        n, c, h, w = x.shape
+        inner, _, kh, kw = dw.shape
+        k = 0 if pw is None else pw.shape[0]
+        layout = _ops.memory_format(x)
+        problem = (
+            *(n, c, h, w, k, inner // c, kh, kw, *self.stride, *self.dilation, *pads),
+            *(_native.DTYPES[self.dtype], int(layout is torch.channels_last)),
+            *(ACTIVATIONS[self.mid_activation].code, ACTIVATIONS[self.activation].code),
+        )
+        call = problem, (n, k or inner, *shape[2:]), layout, x.is_contiguous(memory_format=layout)
+        if len(self.calls) >= _REMEMBERED:
+            self.calls.clear()
+        self.calls[x.shape, x.stride()] = call
+        return call
+
+
+class SeparableStep(_PackedStep):
+    """A depthwise convolution, an activation, a pointwise convolution, an activation."""
+
+
+class DepthwiseStep(_PackedStep):
+    """A depthwise convolution and an activation."""
+
+    def __init__(self, depthwise: Convolution, activation: str) -> None:
+        super().__init__(depthwise, activation, None, "identity")
+
+
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "relu6": lambda y: F.hardtanh_(y, 0.0, 6.0),
+    "leaky_relu": lambda y: F.leaky_relu(y, inplace=True),
+    "silu": lambda y: F.silu(y, inplace=True),
+    "hardswish": lambda y: F.hardswish(y, inplace=True),
+    "hardsigmoid": lambda y: F.hardsigmoid(y, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+}
+
+
+class DenseStep:
+    """torch's convolution with folded weights, and the activation in place behind it."""
+
+    def __init__(self, convolution: Convolution, activation: str) -> None:
+        self.__name__ = convolution.name.replace(".", "_")
+        weight = convolution.weight.detach()
+        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.bias = None if convolution.bias is None else convolution.bias.detach()
+        padding: Any = convolution.padding
+        if not isinstance(padding, str):  # nn.Conv2d's, so the same on both sides
+            padding = padding[0], padding[2]
+        self.geometry: Any = convolution.stride, padding, convolution.dilation, convolution.groups
+        self.activate: Callable[[Tensor], Tensor] | None = None
+        if activation != "identity":
+            self.activate = _IN_PLACE.get(activation, ACTIVATIONS[activation].forward)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = torch.conv2d(x, self.weight, self.bias, *self.geometry)
+        return y if self.activate is None else self.activate(y)
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b, where a is nobody else's."""
+    return a.add_(b) if a.shape == b.shape and a.dtype == b.dtype else a + b

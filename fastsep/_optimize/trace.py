@@ -1,0 +1,137 @@
+"""From a module to graphs of it, by torch.fx; where a forward cannot be traced, from its children."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from ..modules import SeparableConv2d
+
+
+def why_opaque(module: nn.Module) -> str:
+    """Why a module has to be called as it is, in words; empty where its forward may be taken apart."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "a hook"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "a backward hook"
+    if "forward" in module.__dict__:
+        return "a forward of its own"
+    if hasattr(module, "parametrizations"):
+        return "a parametrization"
+    return ""
+
+
+def inputs_of(forward: Callable[..., Any]) -> list[str]:
+    """The arguments of a forward that have no default; ValueError where there are none or keywords among them.
+
+    What has a default is left at it: `if mask is not None` would be true of any stand-in for a tensor.
+    """
+    names = []
+    for parameter in list(inspect.signature(inspect.unwrap(forward)).parameters.values())[1:]:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if parameter.default is parameter.empty:
+            if parameter.kind is parameter.KEYWORD_ONLY:
+                raise ValueError(f"its argument {parameter.name} is a keyword without a default")
+            names.append(parameter.name)
+    if not names:
+        raise ValueError("it has no argument without a default")
+    return names
+
+
+class Tracer(fx.Tracer):
+    """Stops where a module is torch's own, ours, a kind of convolution, or must be called as it is."""
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        names = inputs_of(root_fn)
+        return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return (
+            isinstance(m, (SeparableConv2d, nn.Conv2d))
+            or bool(why_opaque(m))
+            or super().is_leaf_module(m, module_qualified_name)
+        )
+
+
+@dataclass
+class Region:
+    """A module that can be traced, and its graph. `name` is the module's, "" for the model itself."""
+
+    name: str
+    module: nn.Module
+    graph: fx.Graph
+
+
+class _Unchanged:
+    """What tracing must leave alone: a forward that writes to its module means more than its graph says."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._attributes = [(child, dict(child.__dict__)) for child in module.modules()]
+        self._versions = [(t, _version(t)) for t in (*module.parameters(), *module.buffers())]
+
+    def restore(self) -> bool:
+        """Puts attributes back; False where there was something to put back, or a tensor was written to."""
+        unchanged = all(_version(tensor) == version for tensor, version in self._versions)
+        for child, before in self._attributes:
+            now = child.__dict__
+            if len(now) != len(before) or any(now.get(k, child) is not v for k, v in before.items()):
+                now.clear()
+                now.update(before)
+                unchanged = False
+        return unchanged
+
+
+def _version(tensor: Any) -> int:
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def trace(module: nn.Module) -> fx.Graph:
+    """The graph of a module's forward; TypeError or ValueError where there is none that means the same."""
+    unchanged = _Unchanged(module)
+    try:
+        graph = Tracer().trace(module)
+    except Exception as error:
+        unchanged.restore()
+        raise TypeError(str(error).strip().split("\n")[0] or type(error).__name__) from error
+    if not unchanged.restore():
+        raise ValueError("it writes to the module")
+    return graph
+
+
+def regions(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
+    """Graphs that cover as much of the model as can be, and for modules without one the reason."""
+    found: list[Region] = []
+    reasons: dict[str, str] = {}
+    seen: set[nn.Module] = set()
+
+    def visit(name: str, module: nn.Module) -> None:
+        if module in seen or not any(isinstance(child, nn.Conv2d) for child in module.modules()):
+            return
+        seen.add(module)
+        if isinstance(module, (SeparableConv2d, nn.Conv2d)):
+            return
+        inner: list[tuple[str, nn.Module]] = []
+        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+            inner = list(module.named_children())
+        elif name and "forward" in module.__dict__:
+            reasons[name] = "has a forward of its own"
+        else:
+            try:
+                graph = trace(module)
+            except (TypeError, ValueError) as error:
+                reasons[name] = f"could not be traced: {error}"
+                inner = list(module.named_children())
+            else:
+                found.append(Region(name, module, graph))
+                called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+                inner = [(target, module.get_submodule(target)) for target in sorted(called)]
+        for child_name, child in inner:
+            visit(f"{name}.{child_name}" if name else child_name, child)
+
+    visit("", model)
+    return found, reasons
