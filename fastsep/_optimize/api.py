@@ -55,7 +55,7 @@ def optimize(
     not, and nor does a new value of a module's other attributes: optimize again after that.
 
     model: any nn.Module, its weights on the CPU.
-    example_inputs: a tensor or a tuple of arguments to run both models on, such as torch.randn(1, 3, 224, 224).
+    example_inputs: a tensor or a tuple of arguments to run both models on.
     mode: "inference", or "training": then only pairs without a norm between them are fused, nothing is
         folded or packed, and gradients flow.
     filter_fn: called with each depthwise convolution and its name; False leaves it as it is.
@@ -110,7 +110,12 @@ def _optimize(
     summary.candidates += _hidden(model, summary.candidates, untraceable)
 
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    compared = verify and example_inputs is not None and bool(forwards) and not any(m.training for m in model.modules())
+    compared = (
+        verify
+        and example_inputs is not None
+        and bool(forwards)
+        and not any(m.training for m in model.modules())
+    )
     with torch.no_grad():
         expected = model(*copy.deepcopy(inputs)) if compared else None
     for forward in forwards:
@@ -125,8 +130,8 @@ def _optimize(
             summary.error = largest_error(model(*copy.deepcopy(inputs)), expected)
         if not summary.error <= tolerance(expected):
             raise RuntimeError(
-                f"model must give the same result when it is optimized, got a difference of {summary.error:.1e} of "
-                "the largest output"
+                "model must give the same result when it is optimized, got a difference of "
+                f"{summary.error:.1e} of the largest output"
             )
 
 

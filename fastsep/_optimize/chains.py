@@ -1,11 +1,11 @@
-"""What the nodes of a traced graph are: convolutions, norms and activations, whichever way they were written."""
+"""What the nodes of a graph are: convolutions, norms and activations, whichever way they were written."""
 
 from __future__ import annotations
 
 import inspect
 import operator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from ..modules import SeparableConv2d
 from .trace import why_opaque
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """A node is of the kind that was asked for, but not one that can be fused; the text says why."""
 
 
@@ -98,8 +98,11 @@ _CONV2D_ARGUMENTS = "input", "weight", "bias", "stride", "padding", "dilation", 
 
 
 class Reader:
-    """Reads the nodes of one region's graph. Norms are Unfit where they cannot be folded: by batch statistics, and
-    wherever the weights may change, so without `folding`."""
+    """Reads the nodes of one region's graph.
+
+    It has an UnfitError for norms that cannot be folded: those with batch statistics, and without `folding`
+    all, for then the weights may change.
+    """
 
     def __init__(self, root: nn.Module, graph: fx.Graph, *, folding: bool = True) -> None:
         self.root, self.graph, self.folding = root, graph, folding
@@ -117,12 +120,12 @@ class Reader:
             return str(node.target) if 1 < module.groups == module.in_channels else None
         try:
             convolution = self.convolution(node)
-        except Unfit:
+        except UnfitError:
             return None
         return convolution.name if convolution is not None and convolution.is_depthwise else None
 
     def convolution(self, node: fx.Node) -> Convolution | None:
-        """None for another kind of node; Unfit for a convolution that does more than it says."""
+        """None for another kind of node; UnfitError for a convolution that does more than it says."""
         module = self.module(node)
         if isinstance(module, nn.Conv2d):
             return self._module_convolution(node, module, str(node.target))
@@ -132,14 +135,14 @@ class Reader:
 
     def _module_convolution(self, node: fx.Node, module: nn.Conv2d, name: str) -> Convolution:
         if why := why_opaque(module):
-            raise Unfit(f"{why} on {name}")
+            raise UnfitError(f"{why} on {name}")
         same = type(module).__module__ == "timm.layers.conv2d_same" and type(module).__name__ == "Conv2dSame"
         if not same and not _forwards_as(module, nn.Conv2d, "forward", "_conv_forward"):
-            raise Unfit(f"{name} is a {type(module).__name__}, not an nn.Conv2d")
+            raise UnfitError(f"{name} is a {type(module).__name__}, not an nn.Conv2d")
         if module.padding_mode != "zeros":
-            raise Unfit(f"padding_mode of {name} is {module.padding_mode!r}")
+            raise UnfitError(f"padding_mode of {name} is {module.padding_mode!r}")
         if len(node.args) != 1 or node.kwargs:
-            raise Unfit(f"{name} is called with more than an input")
+            raise UnfitError(f"{name} is called with more than an input")
         padding: Any = "same" if same else module.padding
         return _checked(
             Convolution(
@@ -157,30 +160,32 @@ class Reader:
         rest = [given.get(name, 0 if name == "padding" else 1) for name in _CONV2D_ARGUMENTS[3:]]
         known = isinstance(weight, Tensor) and (bias is None) == (given.get("bias") is None)
         if not known or any(isinstance(value, fx.Node) for value in fx.node.map_aggregate(rest, lambda v: v)):
-            raise Unfit(f"the weights of {node.name} are computed")
+            raise UnfitError(f"the weights of {node.name} are computed")
         stride, padding, dilation, groups = rest
         assert isinstance(weight, Tensor)
-        name = str(given["weight"].target).rpartition(".")[0] or node.name
+        name = str(cast("fx.Node", given["weight"]).target).rpartition(".")[0] or node.name
         pads = _pads(padding)
-        return _checked(Convolution(node, name, weight, bias, _pair(stride), pads, _pair(dilation), groups))
+        return _checked(
+            Convolution(node, name, weight, bias, _pair(stride), pads, _pair(dilation), cast("int", groups))
+        )
 
     def separable(self, node: fx.Node, layer: SeparableConv2d) -> tuple[Convolution, str, Convolution, str]:
         """The two convolutions of a layer, and the activation behind each."""
         if why := why_opaque(layer):
-            raise Unfit(f"{why} on {node.target}")
+            raise UnfitError(f"{why} on {node.target}")
         if not _forwards_as(layer, SeparableConv2d, "forward"):
-            raise Unfit(f"{node.target} is a {type(layer).__name__}, not a SeparableConv2d")
+            raise UnfitError(f"{node.target} is a {type(layer).__name__}, not a SeparableConv2d")
         halves = []
         for name in ("depthwise", "pointwise"):
             child = getattr(layer, name)
             if not isinstance(child, nn.Conv2d):
-                raise Unfit(f"{name} of {node.target} is a {type(child).__name__}, not an nn.Conv2d")
+                raise UnfitError(f"{name} of {node.target} is a {type(child).__name__}, not an nn.Conv2d")
             halves.append(self._module_convolution(node, child, f"{node.target}.{name}"))
         depthwise, pointwise = halves
         if layer._padding is not None:  # what nn.Conv2d cannot hold
             depthwise = replace(depthwise, padding=layer._padding)
         if not (depthwise.is_depthwise or depthwise.weight.shape[1] == 1) or not pointwise.is_pointwise:
-            raise Unfit(f"the children of {node.target} are not a depthwise and a pointwise convolution")
+            raise UnfitError(f"the children of {node.target} are not a depthwise and a pointwise convolution")
         mid = activation_name(layer.mid_activation, "mid_activation")
         return depthwise, mid, pointwise, activation_name(layer.activation, "activation")
 
@@ -192,34 +197,35 @@ class Reader:
         return value if isinstance(value, Tensor) else None
 
     def affine(self, node: fx.Node) -> Affine | None:
-        """A batch normalization with its running statistics; Unfit for norms of other kinds."""
+        """A batch normalization with its running statistics; UnfitError for norms of other kinds."""
         module = self.module(node)
         if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
             if why := why_opaque(module):
-                raise Unfit(f"{why} on {node.target}")
+                raise UnfitError(f"{why} on {node.target}")
             if not any(_forwards_as(module, kind, "forward") for kind in (nn.BatchNorm2d, nn.SyncBatchNorm)):
-                raise Unfit(f"{node.target} is a {type(module).__name__}, not an nn.BatchNorm2d")
+                raise UnfitError(f"{node.target} is a {type(module).__name__}, not an nn.BatchNorm2d")
             statistics = module.running_mean, module.running_var
             training = module.training
-            weight, bias, eps = module.weight, module.bias, module.eps
+            scales: tuple[Tensor | None, Tensor | None] = module.weight, module.bias
+            eps = module.eps
         elif isinstance(module, _OTHER_NORMS):
-            raise Unfit(f"{type(module).__name__} between")
+            raise UnfitError(f"{type(module).__name__} between")
         elif node.op == "call_function" and node.target is F.batch_norm:
             given = inspect.signature(F.batch_norm).bind(*node.args, **node.kwargs)
             given.apply_defaults()
             values = given.arguments
             statistics = self.constant(values["running_mean"]), self.constant(values["running_var"])
-            weight, bias = self.constant(values["weight"]), self.constant(values["bias"])
+            scales = self.constant(values["weight"]), self.constant(values["bias"])
             training, eps = values["training"], values["eps"]
             if isinstance(training, fx.Node) or isinstance(eps, fx.Node):
-                raise Unfit("the batch norm between takes its settings from the input")
+                raise UnfitError("the batch norm between takes its settings from the input")
         else:
             return None
-        mean, variance = statistics
+        (mean, variance), (weight, bias) = statistics, scales
         if training or mean is None or variance is None:
-            raise Unfit("batch statistics between")
+            raise UnfitError("batch statistics between")
         if not self.folding:
-            raise Unfit("a norm between, which is folded for inference only")
+            raise UnfitError("a norm between, which is folded for inference only")
         scale = (variance.detach().double() + eps).rsqrt()
         if weight is not None:
             scale = scale * weight.detach().double()
@@ -227,14 +233,14 @@ class Reader:
         return Affine(scale, shift if bias is None else shift + bias.detach().double())
 
     def activation(self, node: fx.Node) -> str | None:
-        """The operator's name of an activation; Unfit for one that it does not have."""
+        """The operator's name of an activation; UnfitError for one that it does not have."""
         module = self.module(node)
         if module is not None:
             name = _MODULE_ACTIVATIONS.get(type(module)) or _parametrised_activation(module)
             if (name or isinstance(module, _OTHER_ACTIVATIONS)) and (why := why_opaque(module)):
-                raise Unfit(f"{why} on {node.target}")
+                raise UnfitError(f"{why} on {node.target}")
             if name is None and isinstance(module, _OTHER_ACTIVATIONS):
-                raise Unfit(f"no kernel for the activation {module}")
+                raise UnfitError(f"no kernel for the activation {module}")
             return name
         if node.op not in ("call_function", "call_method") or len(node.args) < 1:
             return None
@@ -281,16 +287,16 @@ def _function_with_settings(node: fx.Node) -> str | None:
     if node.target is F.leaky_relu:
         slope = settings[0] if settings else keys.get("negative_slope", 0.01)
         return "leaky_relu" if slope == 0.01 else None
-    approximate = keys.get("approximate", "none")
+    approximate = str(keys.get("approximate", "none"))
     return {"none": "gelu", "tanh": "gelu_tanh"}.get(approximate)
 
 
 def _checked(convolution: Convolution) -> Convolution:
     for tensor in (convolution.weight, convolution.bias):
         if tensor is not None and type(tensor) not in (Tensor, nn.Parameter):
-            raise Unfit(f"a weight of {convolution.name} is a {type(tensor).__name__}")
+            raise UnfitError(f"a weight of {convolution.name} is a {type(tensor).__name__}")
         if tensor is not None and tensor.layout is not torch.strided:
-            raise Unfit(f"a weight of {convolution.name} is not dense in memory")
+            raise UnfitError(f"a weight of {convolution.name} is not dense in memory")
     return convolution
 
 
@@ -300,7 +306,7 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _pads(padding: Any) -> Pads | str:
-    """(top, bottom, left, right) of nn.Conv2d's padding; its "same" is that of TensorFlow, for a stride of 1."""
+    """(top, bottom, left, right) of nn.Conv2d's padding; its "same" is TensorFlow's with a stride of 1."""
     if padding == "valid":
         return 0, 0, 0, 0
     if padding == "same":

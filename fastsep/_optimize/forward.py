@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter, getitem, is_
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from torch.utils._pytree import tree_map_only
 from .._ops import memory_format
 from .trace import inputs_of
 
-_version = operator.attrgetter("_version")
-_training = operator.attrgetter("training")
+_version = attrgetter("_version")
+_training = attrgetter("training")
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
@@ -37,36 +37,40 @@ class State:
         """`called` are modules that are still called, hooks and all. Without `weights` those may change."""
         modules = list(root.modules())
         kinds = ("_parameters", "_buffers", "_modules") if weights else ("_modules",)
-        self._slots = [
-            (slots, name) for module in modules for kind in kinds for slots in (getattr(module, kind),) for name in slots
-        ]
-        self._held = [slots[name] for slots, name in self._slots]  # so that no id is used again
+        self._slots: list[dict[str, Any]] = []
+        self._names: list[str] = []
+        for module in modules:
+            for kind in kinds:
+                slots = getattr(module, kind)
+                self._slots += [slots] * len(slots)
+                self._names += slots
+        self._held = list(map(getitem, self._slots, self._names))
         self._tensors = [x for x in self._held if isinstance(x, Tensor) and not x.is_inference()]
+        self._versions = list(map(_version, self._tensors))
         self._modules = modules
-        self._hooks = [
-            hooks
-            for module in modules
-            if module is not root and module not in called
-            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        ]
-        self.key = self.now()
-
-    def now(self) -> Any:
-        """Something that is equal to its earlier self while nothing has changed."""
-        return (
-            [id(slots.get(name)) for slots, name in self._slots],
-            list(map(_version, self._tensors)),
-            list(map(_training, self._modules)),
-            any(self._hooks),
-        )
+        self._training = list(map(_training, modules))
+        inner = [module for module in modules if module is not root and module not in called]
+        self._hooks = [module._forward_hooks for module in inner]
+        self._hooks += [module._forward_pre_hooks for module in inner]
+        self._hooks += [module._backward_hooks for module in inner]
 
     def holds(self) -> bool:
-        return bool(self.now() == self.key)
+        """Whether nothing has changed. (In loops of the interpreter's own, for this runs in each call.)"""
+        try:
+            held = all(map(is_, map(getitem, self._slots, self._names), self._held))
+        except KeyError:
+            return False
+        return (
+            held
+            and list(map(_version, self._tensors)) == self._versions
+            and list(map(_training, self._modules)) == self._training
+            and not any(self._hooks)
+        )
 
 
 @dataclass
 class Plan:
-    """A graph that computes what a module's forward did while the state was as it is, or None where none does."""
+    """A graph that computes what a module's forward does while the state holds, or None if none does."""
 
     state: State
     graph: fx.GraphModule | None = None
@@ -79,12 +83,11 @@ class Forward:
     def __init__(self, root: nn.Module, mode: str, make: Callable[[nn.Module], Plan], plan: Plan) -> None:
         self.root, self.mode, self.make = root, mode, make
         self.names = inputs_of(type(root).forward)
-        self.forget()
-        self._plans = [plan]
+        self._plans = [plan]  # the newest first, and the one before it
+        self._seen: State | None = None
 
     def forget(self) -> None:
-        self._plans: list[Plan] = []  # the newest first, and the one before it
-        self._seen: Any = None
+        self._plans, self._seen = [], None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -94,9 +97,9 @@ class Forward:
             if all(name in kwargs for name in rest):
                 args, kwargs = (*args, *(kwargs[name] for name in rest)), {}
         plan = None
-        if not kwargs and len(args) == len(self.names) and not any(_GLOBAL_HOOKS):
-            if self.mode == "training" or self._is_plain_inference(args):
-                plan = self._plan()
+        fits = not kwargs and len(args) == len(self.names) and not any(_GLOBAL_HOOKS)
+        if fits and (self.mode == "training" or self._is_plain_inference(args)):
+            plan = self._plan()
         if plan is None or plan.graph is None:
             return type(self.root).forward(self.root, *args, **kwargs)
         return _run(plan, args)
@@ -107,9 +110,8 @@ class Forward:
         for plan in self._plans:
             if plan.state.holds():
                 return plan
-        state = State(self.root, set(), weights=self.mode == "inference")
-        if self._plans and self._seen != state.key:
-            self._seen = state.key
+        if self._plans and not (self._seen is not None and self._seen.holds()):
+            self._seen = State(self.root, set(), weights=self.mode == "inference")
             return None
         plan = self.make(self.root)
         self._plans = [plan, *self._plans[:1]]

@@ -1,8 +1,8 @@
 """Which nodes of a graph the kernels can compute together, and for the others why not.
 
-A pattern is a function of a Reader and a node: it returns a Match that begins at the node, None where the node
-is none of its business, or raises Unfit with the reason. plans.py tries PATTERNS in order, so that one that
-takes more nodes in goes before those that take less.
+A pattern is a function of a Reader and a node: it returns a Match that has the node in it, None where the
+node is none of its business, or raises UnfitError with the reason. plans.py tries PATTERNS on each depthwise
+convolution, in order, so that one that takes more nodes in goes before those that take less.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from torch import Tensor, fx, nn
 
 from .. import _native
 from ..modules import SeparableConv2d
-from .chains import Convolution, Reader, Unfit
+from .chains import Convolution, Reader, UnfitError
 from .live import LiveStep
 from .steps import DenseStep, DepthwiseStep, SeparableStep
 
 
 @dataclass
 class Match:
-    """Nodes, each of them the only user of the one before, and the step that computes the last one from the first
-    one's input. `convolution` is the first one; `kind` is what a report says."""
+    """Nodes, each the only user of the one before, and a step that computes the last from the first's input.
+
+    `convolution` is the first one's; `kind` is what a report says.
+    """
 
     nodes: list[fx.Node]
     step: Callable[[Tensor], Tensor]
@@ -73,8 +75,10 @@ class Tail:
 def tail(
     reader: Reader, convolution: Convolution, activation: str = "identity", *, lenient: bool = False
 ) -> Tail:
-    """Takes in what can be folded into a convolution. Unfit for what looks as if it could and cannot; where
-    `lenient` the tail ends before that."""
+    """Takes in what can be folded into a convolution.
+
+    UnfitError for what looks as if it could and cannot; where `lenient` the tail ends before that.
+    """
     result = Tail(convolution, activation, [convolution.node])
     while (node := result.next) is not None and _reads_only(node, result.nodes[-1]):
         try:
@@ -88,7 +92,7 @@ def tail(
                 result.activation = name
             else:
                 break
-        except Unfit:
+        except UnfitError:
             if lenient:
                 break
             raise
@@ -130,7 +134,7 @@ def _separable_layer(reader: Reader, node: fx.Node, layer: SeparableConv2d) -> M
 def live_pair(reader: Reader, node: fx.Node) -> Match | None:
     """Depthwise -> [activation] -> pointwise -> [activation], with the modules' weights at the time."""
     if isinstance(reader.module(node), SeparableConv2d):
-        raise Unfit("a SeparableConv2d, which is fused as it is")
+        raise UnfitError("a SeparableConv2d, which is fused as it is")
     convolution = reader.convolution(node)
     if convolution is None or not convolution.is_depthwise:
         return None
@@ -139,7 +143,7 @@ def live_pair(reader: Reader, node: fx.Node) -> Match | None:
     _check_native(convolution, pointwise)
     for half in (convolution, pointwise):
         if half.module is None:
-            raise Unfit(f"{half.name} is no nn.Conv2d")
+            raise UnfitError(f"{half.name} is no nn.Conv2d")
     second = tail(reader, pointwise, lenient=True)
     step = LiveStep(convolution, first.activation, pointwise, second.activation)
     return Match([*first.nodes, *second.nodes], step, "separable", convolution)
@@ -149,14 +153,14 @@ def _pointwise_behind(reader: Reader, first: Tail) -> Convolution:
     name, last = first.convolution.name, first.nodes[-1]
     if first.next is None:
         if _is_gated(reader, last):
-            raise Unfit("squeeze-and-excite between")
-        raise Unfit(f"what lies behind {name} is used {len(last.users)} times")
+            raise UnfitError("squeeze-and-excite between")
+        raise UnfitError(f"what lies behind {name} is used {len(last.users)} times")
     pointwise = reader.convolution(first.next) if _reads_only(first.next, last) else None
     if pointwise is None:
-        raise Unfit(f"followed by {describe(reader, first.next)}, not by a pointwise convolution")
+        raise UnfitError(f"followed by {describe(reader, first.next)}, not by a pointwise convolution")
     if not pointwise.is_pointwise:
         kh, kw = pointwise.weight.shape[2:]
-        raise Unfit(
+        raise UnfitError(
             f"{pointwise.name} behind it is a {kh} x {kw} convolution with groups {pointwise.groups}, stride "
             f"{pointwise.stride} and padding {pointwise.padding}, not a pointwise one"
         )
@@ -174,20 +178,20 @@ def _is_gated(reader: Reader, node: fx.Node) -> bool:
 
 
 def _check_native(*convolutions: Convolution) -> None:
-    """Unfit where no kernel takes these weights."""
+    """UnfitError where no kernel takes these weights."""
     if _native.core is None:
-        raise Unfit(f"native module missing: {_native.missing}")
+        raise UnfitError(f"native module missing: {_native.missing}")
     first = convolutions[0].weight
     for convolution in convolutions:
         for weight in (convolution.weight, convolution.bias):
             if weight is None:
                 continue
             if weight.device.type != "cpu":
-                raise Unfit(f"no native kernel for {weight.device.type}")
+                raise UnfitError(f"no native kernel for {weight.device.type}")
             if weight.dtype not in _native.DTYPES:
-                raise Unfit(f"no native kernel for {weight.dtype}")
+                raise UnfitError(f"no native kernel for {weight.dtype}")
             if weight.dtype != first.dtype:
-                raise Unfit(f"weights of {first.dtype} and {weight.dtype}")
+                raise UnfitError(f"weights of {first.dtype} and {weight.dtype}")
 
 
 def lone_depthwise(reader: Reader, node: fx.Node) -> Match | None:
@@ -206,7 +210,7 @@ def dense(reader: Reader, node: fx.Node) -> Match | None:
     if convolution is None:
         return None
     if convolution.padding == "same" and convolution.stride != (1, 1):
-        raise Unfit("its padding depends on the input")
+        raise UnfitError("its padding depends on the input")
     only = tail(reader, convolution, lenient=True)
     return Match(only.nodes, DenseStep(only.convolution, only.activation), "dense", convolution)
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import fx, nn
 
-from .chains import Reader, Unfit
+from .chains import Reader, UnfitError
 from .forward import Plan, State
 from .patterns import PATTERNS, TRAINING_PATTERNS, Match
 from .report import Candidate
@@ -71,8 +71,8 @@ class Maker:
                 if verify:
                     candidate.error = match_error(reader, match)
                     if not candidate.error <= tolerance_of(match):
-                        raise Unfit(f"differs by {candidate.error:.1e} of the largest output")
-            except Unfit as unfit:
+                        raise UnfitError(f"differs by {candidate.error:.1e} of the largest output")
+            except UnfitError as unfit:
                 candidate.reason = str(unfit)
             else:
                 candidate.fused, candidate.reason = True, match.kind
@@ -85,4 +85,4 @@ class Maker:
             match = pattern(reader, node)
             if match is not None:
                 return match
-        raise Unfit("no pattern fits")
+        raise UnfitError("no pattern fits")

@@ -24,7 +24,7 @@ class Candidate:
 class Report:
     """What optimize() did. str() of it is the table that print() shows.
 
-    error: of the whole model on the example inputs, relative to the largest output; None where none were given.
+    error: of the whole model on the example inputs, relative to the largest output; None without any.
     """
 
     model: str

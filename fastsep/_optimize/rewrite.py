@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .chains import Reader, Unfit
+from .chains import Reader, UnfitError
 from .patterns import SURROUNDINGS, Match
 from .steps import add
 from .trace import Region, why_opaque
+
 
 def drop_rank_checks(region: Region) -> None:
     """Takes out assertions that a convolution's result is four-dimensional, which timm writes into its norms.
@@ -30,7 +31,7 @@ def drop_rank_checks(region: Region) -> None:
         _, equal, rank = parts
         if equal.target is not operator.eq or equal.args[1] != 4 or rank.target is not getattr:
             continue
-        if rank.args[1] != "ndim" or not isinstance(reader.module(rank.args[0]), nn.Conv2d):  # type: ignore[arg-type]
+        if rank.args[1] != "ndim" or not isinstance(reader.module(rank.args[0]), nn.Conv2d):
             continue
         message = node.args[1] if len(node.args) > 1 else None
         region.graph.erase_node(node)
@@ -77,7 +78,7 @@ def _surroundings(reader: Reader, taken: set[fx.Node]) -> list[Match]:
         for pattern in SURROUNDINGS if node not in taken else ():
             try:
                 match = pattern(reader, node)
-            except Unfit:
+            except UnfitError:
                 continue
             if match is not None and taken.isdisjoint(match.nodes):
                 matches.append(match)
@@ -100,7 +101,7 @@ def _replace(graph: fx.Graph, match: Match) -> fx.Node:
 def _drop_identities(graph: fx.Graph, reader: Reader) -> None:
     for node in list(graph.nodes):
         if reader.is_identity(node):
-            node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
 
 
@@ -110,7 +111,7 @@ def _add_in_place(graph: fx.Graph, fresh: set[fx.Node]) -> None:
         if node.target not in (operator.add, operator.iadd, torch.add) or len(node.args) != 2 or node.kwargs:
             continue
         for a, b in (node.args, node.args[::-1]):
-            if a in fresh and len(a.users) == 1 and isinstance(b, fx.Node) and b is not a:  # type: ignore[union-attr]
+            if a in fresh and len(a.users) == 1 and isinstance(b, fx.Node) and b is not a:
                 # `b += a` writes to b, which others may read.
                 if node.target is operator.iadd and a is not node.args[0]:
                     continue
@@ -126,7 +127,7 @@ _LAYOUT_METHODS = {
 
 
 def _prepare_channels_last(graph: fx.Graph, reader: Reader) -> bool:
-    """Whether the graph means the same on channels-last tensors; views become reshapes, which copy if need be."""
+    """Whether the graph means the same on channels-last tensors. Views become reshapes, which may copy."""
     views = []
     for node in graph.nodes:
         if node.op == "call_method" and node.target in _LAYOUT_METHODS:

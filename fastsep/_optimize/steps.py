@@ -22,7 +22,7 @@ _REMEMBERED = 64
 
 
 class _PackedStep:
-    """A native call on packed weights. For each shape and strides of the input all but the addresses is known."""
+    """A native call on packed weights. For each shape of the input all but the addresses is known."""
 
     def __init__(
         self,
@@ -129,6 +129,8 @@ class DenseStep:
         return y if self.activate is None else self.activate(y)
 
 
-def add(a: Tensor, b: Tensor) -> Tensor:
+def add(a: Tensor, b: Tensor | float) -> Tensor:
     """a + b, where a is nobody else's."""
-    return a.add_(b) if a.shape == b.shape and a.dtype == b.dtype else a + b
+    if isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype:
+        return a.add_(b)
+    return a + b

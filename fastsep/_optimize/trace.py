@@ -26,7 +26,7 @@ def why_opaque(module: nn.Module) -> str:
 
 
 def inputs_of(forward: Callable[..., Any]) -> list[str]:
-    """The arguments of a forward that have no default; ValueError where there are none or keywords among them.
+    """The arguments of a forward that have no default; ValueError where there are none or keywords.
 
     What has a default is left at it: `if mask is not None` would be true of any stand-in for a tensor.
     """

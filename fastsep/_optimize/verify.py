@@ -20,8 +20,10 @@ def tolerance(outputs: Any) -> float:
 
 
 def largest_error(outputs: Any, expected: Any) -> float:
-    """The largest difference between tensors in any nesting, relative to the largest number that is expected of
-    one; infinite where shapes or NaNs differ."""
+    """The largest difference between tensors in any nesting, relative to the largest expected of each.
+
+    Infinite where shapes or NaNs differ.
+    """
     ours, theirs = tree_leaves(outputs), tree_leaves(expected)
     if len(ours) != len(theirs):
         return math.inf
