@@ -49,7 +49,11 @@ class _PackedStep:
         self.calls: dict[Any, Any] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        call = self.calls.get((x.shape, x.stride())) or self.prepare(x)
+        call = self.calls.get((x.shape, x.stride()))
+        if call is None or x.dtype is not self.dtype:
+            if x.dim() == 3:
+                return self(x.unsqueeze(0)).squeeze(0)
+            call = self.prepare(x)
         problem, shape, layout, dense = call
         if not dense:
             x = x.contiguous(memory_format=layout)
