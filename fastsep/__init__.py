@@ -5,7 +5,8 @@
 torch.Size([1, 64, 112, 112])
 """
 
-from . import reference
+from . import models, reference
+from ._cost import Cost, Machine, cost
 from ._optimize import Report, optimize, report, revert
 from .depthwise import DepthwiseConv2d
 from .functional import depthwise_conv2d, separable_conv2d
@@ -13,11 +14,15 @@ from .modules import SeparableConv2d
 
 __version__ = "0.1.0"
 __all__ = [
+    "Cost",
     "DepthwiseConv2d",
+    "Machine",
     "Report",
     "SeparableConv2d",
     "__version__",
+    "cost",
     "depthwise_conv2d",
+    "models",
     "optimize",
     "reference",
     "report",

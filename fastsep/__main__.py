@@ -1,11 +1,12 @@
-"""python -m fastsep info | bench | replay"""
+"""python -m fastsep info | bench | optimize | cost | replay"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 
-from . import _info, _native
+from . import _cost_table, _info, _native
+from ._optimize import command as optimize
 from .bench import command, replay
 
 
@@ -18,6 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name, module, text in (
         ("info", _info, "what is installed, what of it runs here, and a self-test"),
         ("bench", command, "the layers of a network, against torch's own convolutions"),
+        ("optimize", optimize, "what fastsep.optimize fuses in a network, and why not the rest"),
+        ("cost", _cost_table, "multiply-adds, parameters and memory traffic of a network's layers"),
         ("replay", replay, "run a call again that FASTSEP_VERBOSE=1 printed, and check it"),
     ):
         subparser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")

@@ -5,27 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-# The wheel of torchvision on PyPI is made for CUDA. Beside a torch for the CPU its own operators, which no
-# network here uses, cannot be loaded, and then it expects to find them declared.
-LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
-for operator in ("nms", "qnms"):
-    try:
-        import torchvision
-    except RuntimeError as error:
-        if f"torchvision::{operator} does not exist" not in str(error):
-            raise
-        LIBRARY.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-import timm  # noqa: E402
-import torchvision  # noqa: E402
+from fastsep._networks import load
 
 
 def network(name: str) -> nn.Module:
     """ "torchvision/NAME" or "timm/NAME", for inference, with norms that do something."""
     torch.manual_seed(0)
-    source, _, name = name.partition("/")
-    model = timm.create_model(name) if source == "timm" else torchvision.models.get_model(name, weights=None)
+    model, _ = load(name)
     randomize_norms(model)
-    return model.eval()
+    return model
 
 
 def randomize_norms(model: nn.Module) -> None:

@@ -1,0 +1,297 @@
+"""fastsep.cost: what the layers of a model cost, counted without running it."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _native
+from .modules import SeparableConv2d
+
+Size = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One core: what its multiply-add units and its memory can do."""
+
+    name: str
+    flops_per_second: float  # float32; a multiply-add counts as two
+    bytes_per_second: float
+
+    def seconds(self, multiply_adds: int, moved: int) -> float:
+        """The roofline: the time for the arithmetic or for the bytes, whichever is longer."""
+        return max(2 * multiply_adds / self.flops_per_second, moved / self.bytes_per_second)
+
+
+# Two multiply-add units of the vector width at 3 GHz, with 16 GB/s of memory bandwidth for one core.
+MACHINES = {
+    name: Machine(name, 2 * 2 * lanes * 3e9, 16e9)
+    for name, lanes in (("avx512", 16), ("avx2", 8), ("neon", 4))
+}
+
+
+def measured_machine() -> Machine:
+    """The machine that this runs on; RuntimeError without the native module."""
+    if _native.core is None:
+        raise RuntimeError(f"machine must be a named one without the native module: {_native.missing}")
+    a, b = torch.ones(1 << 24), torch.empty(1 << 24)
+    copying = _median_seconds(lambda: b.copy_(a))
+    return Machine("measured", _native.core.fma_peak("", 0, 0.1), 2 * a.numel() * 4 / copying)
+
+
+@dataclass
+class LayerCost:
+    """A convolution or linear layer, or a pointwise convolution and the depthwise one directly before it."""
+
+    name: str
+    kind: str  # "separable", "depthwise", "dense" or "linear"
+    input_size: Size  # [N, C, H, W], or [N, C] of a linear layer
+    output_size: Size
+    multiply_adds: int
+    parameters: int
+    bytes_unfused: int
+    bytes_fused: int
+    dense_multiply_adds: int  # of one dense convolution in the place of both halves
+    ratio: float | None = None  # of a separable one to that: 1/N + 1/k^2
+    predicted_seconds: float | None = None
+    measured_seconds: float | None = None
+    parts: list[nn.Module] = field(default_factory=list, repr=False)
+
+    @property
+    def intensity(self) -> float:
+        """Floating-point operations for each byte moved when fused."""
+        return 2 * self.multiply_adds / self.bytes_fused
+
+
+@dataclass
+class Cost:
+    """The layers of a model in the order of their calls. str() of it is the table that print() shows.
+
+    parameters: of the whole model, its norms too.
+    """
+
+    model: str
+    input_size: Size
+    layers: list[LayerCost]
+    parameters: int
+    machine: Machine | None = None
+
+    def _sum(self, name: str) -> Any:
+        values = [getattr(layer, name) for layer in self.layers]
+        return None if None in values else sum(values)
+
+    @property
+    def multiply_adds(self) -> int:
+        return int(self._sum("multiply_adds"))
+
+    @property
+    def dense_multiply_adds(self) -> int:
+        """Of the dense twin: each separable pair as one dense convolution."""
+        return int(self._sum("dense_multiply_adds"))
+
+    @property
+    def bytes_unfused(self) -> int:
+        return int(self._sum("bytes_unfused"))
+
+    @property
+    def bytes_fused(self) -> int:
+        return int(self._sum("bytes_fused"))
+
+    @property
+    def predicted_seconds(self) -> float | None:
+        seconds: float | None = self._sum("predicted_seconds")
+        return seconds
+
+    @property
+    def measured_seconds(self) -> float | None:
+        seconds: float | None = self._sum("measured_seconds")
+        return seconds
+
+    def __str__(self) -> str:
+        from ._cost_table import table
+
+        return table(self)
+
+
+def cost(
+    model: nn.Module,
+    input_size: Sequence[int] | None = None,
+    *,
+    machine: Machine | str | None = None,
+    measure: bool = False,
+) -> Cost:
+    """Multiply-adds, parameters and memory traffic of each convolution and linear layer, and of all.
+
+    >>> layer = cost(SeparableConv2d(3, 256, 5, padding=2), (3, 8, 8)).layers[0]
+    >>> layer.multiply_adds, layer.dense_multiply_adds, round(layer.ratio, 4)
+    (53952, 1228800, 0.0439)
+
+    Bytes are those of the layer's input, output and weights; fused, what lies between the halves of a
+    separable convolution is not among them. Nothing runs: the layers are called without data.
+
+    model: an nn.Module, a network or one layer. A pointwise convolution that is called next after a depthwise
+        one, on as many channels and pixels as that one makes, counts as a separable convolution with it.
+    input_size: (C, H, W) of one image, or (N, C, H, W); by default the model's own input_size.
+    machine: predicts the time of each layer, on one thread: a Machine, "measured" for this one, or "avx512",
+        "avx2" or "neon" for a core with two units of that width at 3 GHz.
+    measure: time each layer by itself on this machine, on one thread, without norms and activations.
+
+    ValueError for sizes out of range and unknown machines, TypeError for something that is no nn.Module,
+    RuntimeError where the model does not take the input.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    size = _batch_size(getattr(model, "input_size", None) if input_size is None else input_size)
+    if isinstance(machine, str):
+        if machine != "measured" and machine not in MACHINES:
+            known = ", ".join(("measured", *MACHINES))
+            raise ValueError(f"machine must be one of {known}, or a Machine, got {machine!r}")
+        machine = measured_machine() if machine == "measured" else MACHINES[machine]
+    layers = _pair_up(_calls(model, size))
+    for layer in layers:
+        if machine is not None:
+            layer.predicted_seconds = machine.seconds(layer.multiply_adds, layer.bytes_fused)
+        if measure:
+            layer.measured_seconds = _measure(layer)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Cost(type(model).__name__, size, layers, parameters, machine)
+
+
+def _batch_size(size: Any) -> Size:
+    good = isinstance(size, Sequence) and all(isinstance(n, int) and n > 0 for n in size)
+    if not good or len(size) not in (3, 4):
+        raise ValueError(f"input_size must be (C, H, W) or (N, C, H, W), all at least 1, got {size!r}")
+    return (1, *size) if len(size) == 3 else tuple(size)
+
+
+def _calls(model: nn.Module, size: Size) -> list[LayerCost]:
+    """Every call of a convolution or a linear layer, on tensors that have sizes only."""
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    shell = copy.deepcopy(model).to("meta").eval()
+    calls: list[LayerCost] = []
+
+    def watch(name: str, layer: Any) -> Callable[..., None]:
+        def hook(_module: Any, inputs: Any, output: Any) -> None:
+            calls.append(_cost_of(name, layer, inputs[0], output))
+
+        return hook
+
+    inside: set[nn.Module] = set()
+    for name, module in shell.named_modules():
+        if isinstance(module, SeparableConv2d):
+            inside.update(module.children())
+        elif not isinstance(module, (nn.Conv2d, nn.Linear)):
+            continue
+        if module not in inside:
+            module.register_forward_hook(watch(name, module))
+    try:
+        with torch.no_grad():
+            shell(torch.empty(size, dtype=dtype, device="meta"))
+    except RuntimeError as error:
+        raise RuntimeError(f"model must take an input of {' x '.join(map(str, size))}: {error}") from error
+    return calls
+
+
+def _cost_of(name: str, layer: Any, x: Tensor, y: Tensor) -> LayerCost:
+    weights = sum(parameter.numel() for parameter in layer.parameters())
+    if isinstance(layer, nn.Linear):
+        kind, macs = "linear", y.numel() * layer.in_features
+    elif isinstance(layer, nn.Conv2d):
+        macs = y.numel() * layer.weight[0].numel()
+        kind = "depthwise" if 1 < layer.groups == layer.in_channels else "dense"
+    else:
+        return _cost_of_pair(name, layer.depthwise, layer.pointwise, x, y)
+    moved = (x.numel() + y.numel() + weights) * x.element_size()
+    sizes = tuple(x.shape), tuple(y.shape)
+    return LayerCost(name, kind, *sizes, macs, weights, moved, moved, macs, parts=[layer])
+
+
+def _cost_of_pair(name: str, depthwise: Any, pointwise: Any, x: Tensor, y: Tensor) -> LayerCost:
+    inner, pixels = pointwise.in_channels, y.numel() // y.shape[1]
+    taps, outputs = depthwise.weight[0].numel(), pointwise.out_channels
+    weights = sum(p.numel() for half in (depthwise, pointwise) for p in half.parameters())
+    fused = (x.numel() + y.numel() + weights) * x.element_size()
+    return LayerCost(
+        *(name, "separable", tuple(x.shape), tuple(y.shape), pixels * inner * (taps + outputs), weights),
+        bytes_unfused=fused + 2 * pixels * inner * x.element_size(),
+        bytes_fused=fused,
+        dense_multiply_adds=pixels * depthwise.in_channels * taps * outputs,
+        ratio=separable_ratio(taps, outputs, inner // depthwise.in_channels),
+        parts=[depthwise, pointwise],
+    )
+
+
+def separable_ratio(taps: int, out_channels: int, multiplier: int = 1) -> float:
+    """Multiply-adds of a separable convolution for each of a dense one: m * (1/N + 1/k^2)."""
+    return multiplier * (1 / out_channels + 1 / taps)
+
+
+def _pair_up(calls: list[LayerCost]) -> list[LayerCost]:
+    layers: list[LayerCost] = []
+    for call in calls:
+        before = layers[-1] if layers else None
+        if before is None or before.kind != "depthwise" or not _is_pointwise_behind(before, call):
+            layers.append(call)
+            continue
+        x, y = torch.empty(before.input_size, device="meta"), torch.empty(call.output_size, device="meta")
+        pair = _cost_of_pair(before.name, before.parts[0], call.parts[0], x, y)
+        layers[-1] = pair
+    return layers
+
+
+def _is_pointwise_behind(before: LayerCost, call: LayerCost) -> bool:
+    layer = call.parts[0]
+    if not isinstance(layer, nn.Conv2d) or layer.kernel_size != (1, 1) or layer.groups != 1:
+        return False
+    return call.input_size == before.output_size and call.output_size[2:] == call.input_size[2:]
+
+
+def _measure(layer: LayerCost) -> float:
+    """Seconds of a layer with random weights, its norms and activations left out."""
+    module: Any
+    parts: list[Any] = [copy.deepcopy(part).to_empty(device="cpu") for part in layer.parts]
+    if layer.kind == "separable":
+        first, second = parts
+        module = SeparableConv2d(
+            *(first.in_channels, second.out_channels, first.kernel_size, first.stride),
+            dilation=first.dilation,
+            depth_multiplier=first.out_channels // first.in_channels,
+            bias=second.bias is not None,
+            depthwise_bias=first.bias is not None,
+            dtype=first.weight.dtype,
+        )
+        module.depthwise.padding = first.padding
+        module.freeze()
+    else:
+        (module,) = parts
+        module.reset_parameters()
+    x = torch.randn(layer.input_size, dtype=next(module.parameters()).dtype)
+    if x.dim() == 4:
+        x, module = x.to(memory_format=torch.channels_last), module.to(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        return _median_seconds(lambda: module(x))
+
+
+def _median_seconds(call: Callable[[], Any], at_least: float = 0.03) -> float:
+    """The median time of a call, on one thread."""
+    times: list[float] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(2):
+            call()
+        while sum(times) < at_least or len(times) < 5:
+            begin = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - begin)
+    finally:
+        torch.set_num_threads(before)
+    return sorted(times)[len(times) // 2]

@@ -1,0 +1,149 @@
+"""fastsep.cost."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from commands import run
+from networks import network
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastsep
+from fastsep import Machine, SeparableConv2d, cost
+from fastsep._cost import separable_ratio
+
+
+def test_ratio():
+    """1/N + 1/k^2, as in the literature."""
+    assert round(separable_ratio(3 * 3, 1024), 3) == 0.112
+    assert round(separable_ratio(512 * 512, 100), 6) == 0.010004
+    (layer,) = cost(SeparableConv2d(8, 1024, 3, padding=1), (8, 16, 16)).layers
+    assert layer.ratio == separable_ratio(9, 1024) == layer.multiply_adds / layer.dense_multiply_adds
+
+
+def test_a_layer_by_hand():
+    """5 x 5 on 8 x 8 x 3 -> 256."""
+    costs = cost(SeparableConv2d(3, 256, 5, padding=2, bias=False), (3, 8, 8))
+    (layer,) = costs.layers
+    assert layer.dense_multiply_adds == costs.dense_multiply_adds == 1_228_800
+    assert layer.multiply_adds == costs.multiply_adds == 4_800 + 49_152
+    assert layer.parameters == costs.parameters == 3 * 25 + 3 * 256
+    assert layer.bytes_fused == 4 * (3 * 64 + 256 * 64 + 843)
+    assert layer.bytes_unfused == layer.bytes_fused + 4 * 2 * 3 * 64
+    assert layer.intensity == 2 * 53_952 / layer.bytes_fused
+    assert (layer.input_size, layer.output_size, layer.kind) == ((1, 3, 8, 8), (1, 256, 8, 8), "separable")
+
+
+def test_multiplier_stride_and_batch():
+    layer = SeparableConv2d(4, 6, (3, 5), stride=2, depth_multiplier=3, padding=(1, 2), dtype=torch.float64)
+    (row,) = cost(layer, (2, 4, 9, 9)).layers
+    pixels = 2 * 5 * 5
+    assert row.multiply_adds == pixels * 12 * (15 + 6)
+    assert row.dense_multiply_adds == pixels * 4 * 15 * 6
+    assert row.ratio == pytest.approx(row.multiply_adds / row.dense_multiply_adds)
+    assert row.bytes_unfused - row.bytes_fused == 8 * 2 * pixels * 12
+
+
+@pytest.mark.parametrize(
+    "name", ["torchvision/mobilenet_v2", "torchvision/mobilenet_v3_large", "mobilenet_v1"]
+)
+def test_sums_are_those_of_torchs_counter(name):
+    model = network(name)
+    x = torch.randn(1, 3, 64, 64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(x)
+    costs = cost(model, x.shape)
+    assert 2 * costs.multiply_adds == counter.get_total_flops()
+    assert costs.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_pairs_are_those_that_can_be_fused():
+    kinds = [layer.kind for layer in cost(network("torchvision/mobilenet_v3_large"), (3, 64, 64)).layers]
+    assert (kinds.count("separable"), kinds.count("depthwise")) == (7, 8)
+
+
+def test_the_model_is_left_alone():
+    model = nn.Sequential(SeparableConv2d(3, 8, 3), nn.BatchNorm2d(8))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    cost(model, (4, 3, 9, 9))
+    assert model.training
+    assert not model[0]._forward_hooks
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_prediction():
+    layer = SeparableConv2d(8, 8, 3, padding=1)
+    slow_memory, slow_arithmetic = Machine("a", 1e18, 1e6), Machine("b", 1e6, 1e18)
+    assert cost(layer, (8, 4, 4), machine=slow_memory).predicted_seconds == pytest.approx(
+        4 * (8 * 16 + 8 * 16 + 144) / 1e6
+    )
+    assert cost(layer, (8, 4, 4), machine=slow_arithmetic).predicted_seconds == 2 * 16 * 8 * 17 / 1e6
+    named = [cost(layer, (8, 4, 4), machine=name).predicted_seconds for name in ("avx512", "neon")]
+    assert 0 < named[0] < named[1]
+    assert cost(layer, (8, 4, 4)).predicted_seconds is None
+
+
+def test_measurement():
+    costs = cost(nn.Sequential(SeparableConv2d(8, 16, 3), nn.Conv2d(16, 8, 3, 2)), (8, 20, 20), measure=True)
+    assert costs.measured_seconds == sum(layer.measured_seconds for layer in costs.layers) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"input_size": (3, 0, 8)}, ValueError, "input_size must be"),
+        ({"input_size": (3, 8)}, ValueError, "input_size must be"),
+        ({"input_size": None}, ValueError, "input_size must be .* got None"),
+        ({"machine": "abacus"}, ValueError, "machine must be one of measured, avx512, .* got 'abacus'"),
+        ({"model": 3}, TypeError, "model must be an nn.Module, got int"),
+        ({"input_size": (4, 8, 8)}, RuntimeError, "model must take an input of .*input must have 3 channels"),
+    ],
+)
+def test_wrong_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        cost(**{"model": SeparableConv2d(3, 8, 3), "input_size": (3, 8, 8)} | options)
+
+
+def test_command():
+    result = run("python -m fastsep cost mobilenet_v1")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == "MobileNetV1 on 1 x 3 x 224 x 224: 568.7 M multiply-adds, 4,231,976 parameters"
+    assert lines[-1].startswith("Dense twin: 4,867.3 M multiply-adds; the ratio is 0.1168.")
+    assert len([line for line in lines if "separable" in line]) == 14
+
+
+def test_command_as_json():
+    result = run("python -m fastsep cost sepcnn_torch --input 3x16x16 --machine avx2 --json")
+    costs = json.loads(result.stdout)
+    assert [layer["kind"] for layer in costs["layers"]] == ["dense", *["separable"] * 3, "linear"]
+    assert costs["layers"][0]["predicted_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ("cost nothing", 1, "network must be one of mobilenet_v1,"),
+        ("cost sepcnn_torch --input 3x16", 2, "must be CxHxW or NxCxHxW, got '3x16'"),
+        ("cost sepcnn_torch --input 4x16x16", 1, "model must take an input of 1 x 4 x 16 x 16"),
+        ("optimize timm/nothing", 1, "network must be one of timm's, got 'timm/nothing'"),
+        ("optimize torchvision/nothing", 1, "nothing"),
+    ],
+)
+def test_commands_that_cannot_be(arguments, status, message):
+    result = run(f"python -m fastsep {arguments}")
+    assert result.returncode == status
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_optimize_command():
+    result = run("python -m fastsep optimize torchvision/mobilenet_v3_large")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("MobileNetV3: 7 of 15 fused for inference, channels-last, largest error ")
+    assert result.stdout.count("squeeze-and-excite between") == 8
+    assert fastsep.__version__
