@@ -7,7 +7,9 @@ torch.Size([1, 64, 112, 112])
 
 from . import models, reference
 from ._cost import Cost, Machine, cost
+from ._decompositions import decompositions
 from ._optimize import Report, optimize, report, revert
+from ._weights import load_from
 from .depthwise import DepthwiseConv2d
 from .functional import depthwise_conv2d, separable_conv2d
 from .modules import SeparableConv2d
@@ -21,7 +23,9 @@ __all__ = [
     "SeparableConv2d",
     "__version__",
     "cost",
+    "decompositions",
     "depthwise_conv2d",
+    "load_from",
     "models",
     "optimize",
     "reference",

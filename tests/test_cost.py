@@ -83,7 +83,7 @@ def test_prediction():
     )
     assert cost(layer, (8, 4, 4), machine=slow_arithmetic).predicted_seconds == 2 * 16 * 8 * 17 / 1e6
     named = [cost(layer, (8, 4, 4), machine=name).predicted_seconds for name in ("avx512", "neon")]
-    assert 0 < named[0] < named[1]
+    assert 0 < named[0] <= named[1]
     assert cost(layer, (8, 4, 4)).predicted_seconds is None
 
 

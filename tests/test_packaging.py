@@ -98,7 +98,9 @@ def test_wheel_contents(wheel):
     package = {name for name in files if not name.split("/")[0].endswith(".dist-info")}
     sources = {
         str(path.relative_to(ROOT))
-        for folder in (ROOT / "fastsep", ROOT / "fastsep" / "bench", ROOT / "fastsep" / "bench" / "shapes")
+        for folder in (
+            ROOT / "fastsep" / name for name in ("", "_optimize", "bench", "bench/shapes", "models")
+        )
         for pattern in ("*.py", "*.pyi", "*.txt", "py.typed")
         for path in folder.glob(pattern)
     }

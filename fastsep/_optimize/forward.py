@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter, getitem, is_
@@ -137,6 +138,17 @@ class Forward:
             or torch._C._is_torch_function_mode_enabled()
             or torch._C._get_tracing_state() is not None
         )
+
+    # What exporters ask of a function.
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.root).forward.__get__(self.root))
+
+    @property
+    def __code__(self) -> Any:
+        forward: Any = inspect.unwrap(type(self.root).forward)
+        return forward.__code__
 
     # The module's `_apply`, which to() and its like call: it can put other numbers where the weights were.
 
