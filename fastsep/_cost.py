@@ -261,14 +261,13 @@ def _measure(layer: LayerCost) -> float:
     if layer.kind == "separable":
         first, second = parts
         module = SeparableConv2d(
-            *(first.in_channels, second.out_channels, first.kernel_size, first.stride),
+            *(first.in_channels, second.out_channels, first.kernel_size, first.stride, first.padding),
             dilation=first.dilation,
             depth_multiplier=first.out_channels // first.in_channels,
             bias=second.bias is not None,
             depthwise_bias=first.bias is not None,
             dtype=first.weight.dtype,
         )
-        module.depthwise.padding = first.padding
         module.freeze()
     else:
         (module,) = parts

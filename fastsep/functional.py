@@ -125,6 +125,8 @@ def dispatch(*args: Any) -> Tensor:
     if reason:
         return composition(reason, tensors, args[6:])
     if torch.compiler.is_compiling():
+        if torch.onnx.is_in_onnx_export():  # what reads the file does not know the operators
+            return composition("torch.onnx.export", tensors, args[6:])
         return _ops.call(*args)
     # What the operator's autograd kernel would do, without the way through the dispatcher.
     if torch._C._are_functorch_transforms_active() or (

@@ -10,7 +10,7 @@ from networks import network, randomize_norms
 from torch import nn
 
 import fastsep
-from fastsep import SeparableConv2d, models
+from fastsep import DepthwiseConv2d, SeparableConv2d, models
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -37,7 +37,8 @@ def layers_with_everything() -> nn.Module:
     return nn.Sequential(
         SeparableConv2d(3, 8, 3, stride=2, padding="same", activation="hardswish"),
         SeparableConv2d(8, 6, (5, 3), padding=((2, 1), (0, 1)), depth_multiplier=2, mid_activation="relu6"),
-        SeparableConv2d(6, 5, 3, dilation=2, depthwise_bias=True, mid_activation="silu", activation="gelu"),
+        DepthwiseConv2d(6, 6, 3, stride=2, padding="same", activation="relu"),
+        SeparableConv2d(6, 5, 3, dilation=1, depthwise_bias=True, mid_activation="silu", activation="gelu"),
     ).eval()
 
 
@@ -46,6 +47,7 @@ MODELS = {
     "frozen_layers": lambda: frozen(layer_built()),
     "optimized_layers": lambda: fastsep.optimize(layer_built()),
     "everything": layers_with_everything,
+    "optimized_everything": lambda: fastsep.optimize(layers_with_everything()),
     "optimized_network": lambda: fastsep.optimize(network("torchvision/mobilenet_v2")),
 }
 

@@ -13,7 +13,7 @@ from networks import network, randomize_norms
 from torch import nn
 
 import fastsep
-from fastsep import SeparableConv2d, _native
+from fastsep import DepthwiseConv2d, SeparableConv2d, _native
 from fastsep._optimize import steps
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="the native module is missing")
@@ -343,6 +343,23 @@ def test_layers_of_the_library():
     assert len([node for node in graph.graph.nodes if node.op == "call_function"]) == 1
 
 
+@pytest.mark.parametrize("padding", [1, "same", ((0, 1), (2, 1))], ids=str)
+def test_depthwise_layers_of_the_library(padding):
+    """Their own activation is the one between; with one behind that, there are two."""
+    layer = DepthwiseConv2d(8, 16, 3, 2, padding, activation="silu")
+    model = nn.Sequential(layer, nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8))
+    check(made(model), torch.randn(1, 8, 10, 11))
+    _, (reason,) = check(made(nn.Sequential(layer, nn.ReLU(), *model[1:])), fused=0)
+    assert reason == "followed by 1 (ReLU), not by a pointwise convolution"
+
+
+def test_one_channel():
+    """Depthwise or dense, it is the same."""
+    model = nn.Sequential(DepthwiseConv2d(1, 1, 3, padding=((0, 1), (1, 0))), Block(8), nn.Conv2d(8, 1, 1))
+    model[0] = nn.Sequential(model[0], nn.Conv2d(1, 8, 1))
+    check(made(model), torch.randn(1, 1, 9, 9))
+
+
 def test_float64():
     check(made(Block()).double(), X.double())
 
@@ -552,7 +569,7 @@ def test_meta_device():
 
 
 def test_no_module():
-    with pytest.raises(TypeError, match="model must be an nn.Module, got int"):
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got int"):
         fastsep.optimize(3)
 
 

@@ -12,6 +12,7 @@ import pytest
 from commands import ROOT, run
 
 from fastsep import _native
+from fastsep._networks import import_library
 
 needs_native = pytest.mark.skipif(_native.core is None, reason="the native module is missing")
 elf_only = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF objects")
@@ -182,11 +183,14 @@ def test_the_readme_shows_the_results():
     assert run("python benchmarks/update_readme.py --check").returncode == 0
 
 
-def test_the_example_of_the_readme():
-    (example,) = re.findall(
+def test_the_examples_of_the_readme():
+    import_library("torchvision")
+    examples = re.findall(
         r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
     )
-    exec(compile(example, "README.md", "exec"), {})
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
 
 
 def test_files_named_in_the_documents_exist():

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .._activations import activation_name
-from ..functional import Pads
+from ..depthwise import DepthwiseConv2d
+from ..functional import Pads, parse_padding
 from ..modules import SeparableConv2d
 from .trace import why_opaque
 
@@ -32,6 +33,7 @@ class Convolution:
     dilation: tuple[int, int]
     groups: int
     module: nn.Conv2d | None = None
+    activation: str = "identity"  # of a DepthwiseConv2d
 
     @property
     def in_channels(self) -> int:
@@ -137,20 +139,25 @@ class Reader:
         if why := why_opaque(module):
             raise UnfitError(f"{why} on {name}")
         same = type(module).__module__ == "timm.layers.conv2d_same" and type(module).__name__ == "Conv2dSame"
-        if not same and not _forwards_as(module, nn.Conv2d, "forward", "_conv_forward"):
+        kind = DepthwiseConv2d if isinstance(module, DepthwiseConv2d) else nn.Conv2d
+        if not same and not _forwards_as(module, kind, "forward", "_conv_forward"):
             raise UnfitError(f"{name} is a {type(module).__name__}, not an nn.Conv2d")
         if module.padding_mode != "zeros":
             raise UnfitError(f"padding_mode of {name} is {module.padding_mode!r}")
         if len(node.args) != 1 or node.kwargs:
             raise UnfitError(f"{name} is called with more than an input")
         padding: Any = "same" if same else module.padding
+        activation = "identity"
+        if isinstance(module, DepthwiseConv2d):
+            activation = activation_name(module.activation, "activation")
         return _checked(
             Convolution(
                 *(node, name, module.weight, module.bias, _pair(module.stride)),
-                _pads(padding),
+                parse_padding(padding),
                 _pair(module.dilation),
                 module.groups,
                 module,
+                activation,
             )
         )
 
@@ -164,7 +171,7 @@ class Reader:
         stride, padding, dilation, groups = rest
         assert isinstance(weight, Tensor)
         name = str(cast("fx.Node", given["weight"]).target).rpartition(".")[0] or node.name
-        pads = _pads(padding)
+        pads = parse_padding(cast("Any", padding))
         return _checked(
             Convolution(node, name, weight, bias, _pair(stride), pads, _pair(dilation), cast("int", groups))
         )
@@ -183,7 +190,7 @@ class Reader:
             halves.append(self._module_convolution(node, child, f"{node.target}.{name}"))
         depthwise, pointwise = halves
         if layer._padding is not None:  # what nn.Conv2d cannot hold
-            depthwise = replace(depthwise, padding=layer._padding)
+            depthwise = replace(depthwise, padding=parse_padding(layer._padding))
         if not (depthwise.is_depthwise or depthwise.weight.shape[1] == 1) or not pointwise.is_pointwise:
             raise UnfitError(f"the children of {node.target} are not a depthwise and a pointwise convolution")
         mid = activation_name(layer.mid_activation, "mid_activation")
@@ -303,13 +310,3 @@ def _checked(convolution: Convolution) -> Convolution:
 def _pair(value: Any) -> tuple[int, int]:
     first, second = value if isinstance(value, tuple | list) else (value, value)
     return int(first), int(second)
-
-
-def _pads(padding: Any) -> Pads | str:
-    """(top, bottom, left, right) of nn.Conv2d's padding; its "same" is TensorFlow's with a stride of 1."""
-    if padding == "valid":
-        return 0, 0, 0, 0
-    if padding == "same":
-        return "same"
-    h, w = _pair(padding)
-    return h, h, w, w

@@ -79,6 +79,8 @@ def tail(
 
     UnfitError for what looks as if it could and cannot; where `lenient` the tail ends before that.
     """
+    if activation == "identity":
+        activation = convolution.activation
     result = Tail(convolution, activation, [convolution.node])
     while (node := result.next) is not None and _reads_only(node, result.nodes[-1]):
         try:
@@ -211,6 +213,11 @@ def dense(reader: Reader, node: fx.Node) -> Match | None:
         return None
     if convolution.padding == "same" and convolution.stride != (1, 1):
         raise UnfitError("its padding depends on the input")
+    if (
+        convolution.padding[:1] != convolution.padding[1:2]
+        or convolution.padding[2:3] != convolution.padding[3:]
+    ):
+        raise UnfitError("its padding differs from side to side")
     only = tail(reader, convolution, lenient=True)
     return Match(only.nodes, DenseStep(only.convolution, only.activation), "dense", convolution)
 

@@ -6,6 +6,8 @@ from collections import OrderedDict
 
 from torch import Tensor, nn
 
+from ..depthwise import DepthwiseConv2d
+
 
 def conv_norm_activation(
     in_channels: int,
@@ -26,7 +28,7 @@ class SeparableBlock(nn.Sequential):
     def __init__(
         self, in_channels: int, out_channels: int, stride: int = 1, activation: type[nn.Module] = nn.ReLU
     ) -> None:
-        depthwise = nn.Conv2d(in_channels, in_channels, 3, stride, 1, groups=in_channels, bias=False)
+        depthwise = DepthwiseConv2d(in_channels, in_channels, 3, stride, 1, bias=False)
         super().__init__(
             OrderedDict(
                 depthwise=depthwise,
@@ -52,7 +54,7 @@ class InvertedResidual(nn.Module):
             else nn.Identity()
         )
         self.expand = expand
-        self.depthwise = nn.Conv2d(inner, inner, 3, stride, 1, groups=inner, bias=False)
+        self.depthwise = DepthwiseConv2d(inner, inner, 3, stride, 1, bias=False)
         self.depthwise_norm = nn.BatchNorm2d(inner)
         self.depthwise_activation = nn.ReLU6()
         self.pointwise = nn.Conv2d(inner, out_channels, 1, bias=False)
