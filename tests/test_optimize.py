@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from commands import run
 from networks import network, randomize_norms
 from torch import nn
 
 import fastsep
 from fastsep import DepthwiseConv2d, SeparableConv2d, _native
+from fastsep._case import parse_case
 from fastsep._optimize import steps
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="the native module is missing")
@@ -478,6 +481,34 @@ def test_profiler_sees_the_steps(pair):
     with torch.profiler.profile() as profile, torch.no_grad():
         optimized(X)
     assert "fastsep: depthwise" in {event.key for event in profile.key_averages()}
+
+
+def test_verbose_prints_each_step():
+    program = (
+        "import torch, fastsep; from fastsep._networks import load; m = load('mobilenet_v1')[0]; "
+        "fastsep.optimize(m, verify=False)(torch.randn(1, 3, 32, 32))"
+    )
+    result = run(f'python -c "{program}"', FASTSEP_VERBOSE="1")
+    lines = [line for line in result.stderr.splitlines() if line.startswith("fastsep: native")]
+    assert len(lines) == 13, result.stderr
+    assert parse_case(lines[0]).mid == "relu"
+
+
+def test_python_does_little():
+    """One call of a Python function for each of the 14 steps, and a few around them."""
+    optimized = fastsep.optimize(network("mobilenet_v1"))
+    x = torch.randn(1, 3, 32, 32)
+    calls = []
+    with torch.inference_mode():
+        optimized(x)
+        sys.setprofile(lambda frame, event, _: event == "call" and calls.append(frame.f_code))
+        try:
+            optimized(x)
+        finally:
+            sys.setprofile(None)
+    ours = [code.co_name for code in calls if "fastsep" in code.co_filename]
+    assert 14 < len(ours) < 14 + 15, ours
+    assert len(calls) < 14 * 5
 
 
 def test_other_inputs(pair):
