@@ -6,8 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from optimizing import Block, made
 
+import fastsep
 from fastsep import _backward, _native, _ops
+from fastsep._optimize import steps
 
 ISAS = _native.core.isas() if _native.core is not None else []
 
@@ -42,3 +45,24 @@ def native_backward_calls(monkeypatch):
     kernel = _backward.cpu_kernel
     monkeypatch.setattr(_backward, "cpu_kernel", lambda *args: calls.append(args) or kernel(*args))
     return calls
+
+
+@pytest.fixture
+def native_steps(monkeypatch):
+    """The names of the packed steps that ran."""
+    calls = []
+    call = steps._PackedStep.__call__
+
+    def watched(self, x):
+        calls.append(self.__name__)
+        return call(self, x)
+
+    monkeypatch.setattr(steps._PackedStep, "__call__", watched)
+    return calls
+
+
+@pytest.fixture
+def pair():
+    """A model and its optimized copy."""
+    model = made(Block())
+    return model, fastsep.optimize(model)

@@ -265,5 +265,17 @@ def test_training_step_is_that_of_two_convolutions():
 
 def test_public_names():
     layers, functions = ["DepthwiseConv2d", "SeparableConv2d"], ["depthwise_conv2d", "separable_conv2d"]
-    assert sorted(fastsep.__all__) == sorted([*layers, *functions, "__version__", "reference"])
+    networks = [
+        "Cost",
+        "Machine",
+        "Report",
+        "cost",
+        "decompositions",
+        "load_from",
+        "models",
+        "optimize",
+        "report",
+    ]
+    names = [*layers, *functions, *networks, "revert", "__version__", "reference"]
+    assert sorted(fastsep.__all__) == sorted(names)
     assert all(hasattr(fastsep, name) for name in fastsep.__all__)
