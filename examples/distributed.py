@@ -4,8 +4,8 @@
     torchrun --standalone --nproc-per-node 2 examples/distributed.py [the same]
 
 DistributedDataParallel averages the gradients of the shares. That is the gradient of the whole batch, so both
-commands arrive at the same weights but for the rounding of sums in another order: with the defaults they differ
-by less than float32 differs from float64.
+commands arrive at the same weights but for the rounding of sums in another order: with the defaults they
+differ by less than float32 differs from float64.
 """
 
 import argparse
