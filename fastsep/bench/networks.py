@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -20,27 +19,64 @@ from .contenders import Subject
 from .engine import Local, OnGpu
 
 SIZE = 224
-# Module and function that build each network without its weights.
-SOURCES: dict[str, tuple[str, str]] = {
-    "mobilenet_v1": ("timm.models", "mobilenetv1_100"),
-    "mobilenet_v2": ("torchvision.models", "mobilenet_v2"),
-}
 EXPECTED = "torch nchw"
 
 
+def _convolution(c: int, k: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True) -> list[nn.Module]:
+    conv = nn.Conv2d(c, k, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return [conv, nn.BatchNorm2d(k), *([nn.ReLU6(inplace=True)] if act else [])]
+
+
+def _separable(c: int, k: int, stride: int, act: bool) -> list[nn.Module]:
+    return [*_convolution(c, c, 3, stride, groups=c), *_convolution(c, k, 1, act=act)]
+
+
+class InvertedResidual(nn.Module):
+    """The block of MobileNetV2 (arXiv:1801.04381): expanded, filtered, projected."""
+
+    def __init__(self, c: int, k: int, stride: int, expansion: int) -> None:
+        super().__init__()
+        self.residual = stride == 1 and c == k
+        expand = _convolution(c, c * expansion, 1) if expansion > 1 else []
+        self.layers = nn.Sequential(*expand, *_separable(c * expansion, k, stride, act=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layers(x)
+        return x + y if self.residual else y
+
+
+def mobilenet_v1() -> nn.Module:
+    """MobileNet (arXiv:1704.04861) in plain torch modules."""
+    plan = [(64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *[(512, 1)] * 5, (1024, 2), (1024, 1)]
+    layers, c = _convolution(3, 32, 3, 2), 32
+    for k, stride in plan:
+        layers += _separable(c, k, stride, act=True)
+        c = k
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(c, 1000))
+
+
+def mobilenet_v2() -> nn.Module:
+    """MobileNetV2 (arXiv:1801.04381) in plain torch modules."""
+    # Table 2 there: expansion, channels, blocks, stride.
+    plan = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+    layers, c = _convolution(3, 32, 3, 2), 32
+    for expansion, k, blocks, stride in plan:
+        for i in range(blocks):
+            layers.append(InvertedResidual(c, k, 1 if i else stride, expansion))
+            c = k
+    layers += _convolution(c, 1280, 1)
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(1280, 1000))
+
+
+SOURCES: dict[str, Callable[[], nn.Module]] = {"mobilenet_v1": mobilenet_v1, "mobilenet_v2": mobilenet_v2}
+
+
 def build(name: str) -> nn.Module:
-    """A network in evaluation mode, its norms with numbers as training leaves them; ValueError where it is not to
-    be had."""
+    """A network for inference, its norms with numbers as training leaves them; ValueError for an unknown one."""
     if name not in SOURCES:
-        raise ValueError(f"must be one of {', '.join(SOURCES)} to be run in one piece, got {name!r}")
-    module, function = SOURCES[name]
-    library = module.partition(".")[0]
-    try:
-        create: Callable[[], nn.Module] = getattr(importlib.import_module(module), function)
-    except ImportError:
-        raise ValueError(f"{name} in one piece needs {library}: pip install {library}") from None
+        raise ValueError(f"network must be one of {', '.join(SOURCES)} to be run in one piece, got {name!r}")
     torch.manual_seed(0)
-    network = create().eval()
+    network = SOURCES[name]().eval()
     with torch.no_grad():
         for part in network.modules():
             if isinstance(part, nn.BatchNorm2d):
@@ -97,7 +133,7 @@ def subjects(
 
     if not unavailable("fastsep", x.shape[0], device):
         optimize: Any = fastsep.optimize  # type: ignore[attr-defined]
-        local("fastsep", optimize(copy.deepcopy(network)), last)
+        local("fastsep", optimize(copy.deepcopy(network), last), last)
     local("torch nchw", plain, x)
     local("torch nhwc", copy.deepcopy(plain).to(memory_format=torch.channels_last), last)  # type: ignore[call-overload]
     local("eager", network, x)

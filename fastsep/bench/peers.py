@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -121,6 +122,7 @@ class Remote(Contender):
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
+                env={**os.environ, "OMP_NUM_THREADS": str(self._threads)},  # of a torch that a runtime brings along
                 text=True,
             )
             stack.callback(_end, process)
