@@ -32,11 +32,15 @@ def pytest_addoption(parser):
     group.addoption("--networks", default="mobilenet_v1", help=f"some of {known}, or files of layers, or all")
     group.addoption("--phases", default="forward,training", help=f"some of {','.join(layers.PHASES)}")
     group.addoption("--device", help="cpu or cuda (default: cuda where there is one)")
-    group.addoption("--dtype", default=None, help="some of float32, float16, bfloat16 (default: all that fit the device)")
+    group.addoption(
+        "--dtype", default=None, help="some of float32, float16, bfloat16 (default: all that fit the device)"
+    )
     group.addoption("--threads", type=int, default=1, help="of each contender")
     group.addoption("--batch", type=int, default=1, help="images")
     group.addoption("--seconds", type=float, default=2.0, help="for each layer and phase")
-    group.addoption("--quick", action="store_true", help="the smallest layer of every network, as few rounds as can be")
+    group.addoption(
+        "--quick", action="store_true", help="the smallest layer of every network, as few rounds as can be"
+    )
 
 
 def pytest_configure(config):
@@ -73,7 +77,9 @@ def groups(option) -> list[Group]:
     """All that is to be measured."""
     quick, device = option("quick"), device_of(option)
     everything = quick or option("networks") == "all"
-    networks = [layers.load(name) for name in (layers.names() if everything else option("networks").split(","))]
+    networks = [
+        layers.load(name) for name in (layers.names() if everything else option("networks").split(","))
+    ]
     phases = option("phases").split(",")
     for phase in phases:
         if phase not in layers.PHASES:

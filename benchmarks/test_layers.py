@@ -1,9 +1,10 @@
 """Layers one by one: fastsep, torch's two convolutions in both layouts, torch.compile, plain loops.
 
-pytest benchmarks/ [--networks mobilenet_v2,xception] [--phases training] [--quick], and pytest-benchmark's options.
+pytest benchmarks/ [--networks mobilenet_v2,xception] [--phases training] [--quick], and pytest-benchmark's
+options.
 
-The contenders for a layer take turns, as `python -m fastsep bench` has them: a group of pytest-benchmark's table.
-Its tests share one comparison, from which each shows its own samples.
+The contenders for a layer take turns, as `python -m fastsep bench` has them: a group of pytest-benchmark's
+table. Its tests share one comparison, from which each shows its own samples.
 """
 
 import itertools

@@ -1,14 +1,14 @@
-"""A training step of a network's separable layers, one behind the other: time and memory, fastsep against torch.
+"""A training step of a network's separable layers in a row: time and memory, fastsep against torch.
 
     python benchmarks/training_step.py mobilenet_v1 --batch 32
     python benchmarks/training_step.py xception_71 --batch 8
 
-A step is forward, backward, and an update by SGD. Between layers of different size lies a max-pool, between the
-halves of a layer an activation and no norm: fastsep keeps a layer's input, torch that and what lies between as well.
+A step is forward, backward, and an update by SGD. Between layers of different size lies a max-pool, between
+the halves of a layer an activation and no norm: fastsep keeps a layer's input, torch also what lies between.
 
-Times are those of steps that take turns in one process. Memory is the largest resident set during three steps, less
-that before the first, each contender in a process of its own. The system's count is taken rather than torch's
-profiler because the workspaces of oneDNN and of fastsep do not come from torch's allocator.
+Times are those of steps that take turns in one process. Memory is the largest resident set during three
+steps, less that before the first, each contender in a process of its own. The system's count is taken rather
+than torch's profiler because the workspaces of oneDNN and of fastsep do not come from torch's allocator.
 """
 
 import argparse
@@ -37,34 +37,17 @@ CONTENDERS = ["fastsep nhwc", "fastsep nchw", "torch nhwc", "torch nchw"]
 STEPS = 3  # of which the peak is taken: the second finds what the first left behind
 
 
-class InPlace(nn.Module):
-    """The activation that a careful user of torch writes."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self.function = {"relu": torch.relu_, "relu6": lambda x: x.clamp_(0, 6)}[name]
-
-    def forward(self, x):
-        return self.function(x)
-
-
-def torch_layer(case: Case, tensors) -> nn.Module:
-    module = two_modules(replace(case, mid="identity", act="identity"), tensors)
-    depthwise, pointwise = module
-    parts = [depthwise, *[InPlace(case.mid)] * (case.mid != "identity")]
-    return nn.Sequential(*parts, pointwise, *[InPlace(case.act)] * (case.act != "identity"))
-
-
 def body(cases: list[Case], library: str) -> nn.Sequential:
     """The layers with weights that keep the numbers' size."""
     parts: list[nn.Module] = []
-    for before, case in zip([None, *cases], cases):
+    for before, case in zip([None, *cases[:-1]], cases, strict=True):
         if before is not None and (before.oh, before.ow) != (case.h, case.w):
             parts.append(nn.MaxPool2d(3, stride=2, padding=1))
         tensors = case.tensors()
         for name, terms in (("depthwise_weight", case.kh * case.kw), ("pointwise_weight", case.c * case.m)):
             tensors[name] *= (2 / terms) ** 0.5
-        parts.append(layer(case, tensors).train() if library == "fastsep" else torch_layer(case, tensors))
+        fused = library == "fastsep"
+        parts.append(layer(case, tensors).train() if fused else two_modules(case, tensors, in_place=True))
     return nn.Sequential(*parts)
 
 
@@ -95,14 +78,16 @@ class Step:
 
 
 def verify(steps: dict[str, Step]) -> None:
-    """ArithmeticError where the gradients differ by more than rounding, and what it does at the activations' bends."""
+    """ArithmeticError where gradients differ by more than rounding does at the activations' bends."""
     expected = steps["torch nchw"].gradients()
     names = ["input", *dict(steps["torch nchw"].model.named_parameters())]
     for contender, step in steps.items():
         for name, got, exact in zip(names, step.gradients(), expected, strict=True):
             error = torch.linalg.vector_norm(got - exact) / torch.linalg.vector_norm(exact)
             if not error < 0.02:
-                raise ArithmeticError(f"{contender}: the gradient of {name} differs from torch's by {error:.2g}")
+                raise ArithmeticError(
+                    f"{contender}: the gradient of {name} differs from torch's by {error:.2g}"
+                )
 
 
 def resident(kind: str) -> int:
@@ -124,8 +109,12 @@ def measure_memory(cases: list[Case], contender: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("network", type=checked(load), help="a name of benchmarks/shapes/, or a file of layers")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "network", type=checked(load), help="a name of benchmarks/shapes/, or a file of layers"
+    )
     parser.add_argument("--batch", type=count, default=32, help="images (default: %(default)s)")
     parser.add_argument("--threads", type=count, default=1, help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=60.0, help="to measure for (default: %(default)s)")
@@ -186,7 +175,9 @@ def compare(cases: list[Case], contenders: list[str], arguments: argparse.Namesp
 def show(result: dict) -> None:
     console = Console()
     threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
-    table = Table(title=f"A training step of {result['network']}'s layers, batch {result['batch']}, {threads}")
+    table = Table(
+        title=f"A training step of {result['network']}'s layers, batch {result['batch']}, {threads}"
+    )
     for head in ("", "ms", "\u00b1%", "of peak", "MB"):
         table.add_column(head, justify="right" if head else "left")
     rows = result["rows"]
@@ -203,7 +194,8 @@ def show(result: dict) -> None:
     faster = best["torch", "seconds"] / best["fastsep", "seconds"]
     less = 1 - best["fastsep", "memory"] / best["torch", "memory"]
     console.print(
-        f"fastsep against torch, each in its better layout: {faster:.2f} times as fast, {less:.0%} less memory."
+        f"fastsep against torch, each in its better layout: {faster:.2f} times as fast, "
+        f"{less:.0%} less memory."
     )
     if result["others"] > 0.1:
         console.print(f"Other programs kept {result['others']:.1f} cores busy meanwhile.")

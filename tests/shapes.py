@@ -41,8 +41,8 @@ FILES = {
     "xception": ("Xception at 299 x 299", [Source("", "legacy_xception", 299)]),
     "xception_71": ("Xception at 71 x 71, the smallest that it takes", [Source("", "legacy_xception", 71)]),
     "deeplab": (
-        "DeepLabV3+ at 513 x 513, the dilated layers of its backbones, each once: MobileNetV2 with output stride 16, "
-        "Xception-65 with 8",
+        "DeepLabV3+ at 513 x 513, the dilated layers of its backbones, each once: MobileNetV2 with output "
+        "stride 16, Xception-65 with 8",
         [
             Source("mobilenet_v2.", "mobilenetv2_100", 513, 16, dilated_only=True),
             Source("xception65.", "xception65", 513, 8, dilated_only=True),
@@ -91,7 +91,7 @@ def is_depthwise(module: nn.Module) -> bool:
 
 
 def is_pointwise(call: Call) -> bool:
-    """A convolution or linear layer over the channels of an image; not the gate's, whose image is one pixel."""
+    """Over the channels of an image, by a convolution or a linear layer; not a gate's, of one pixel."""
     if isinstance(call.module, nn.Linear):
         return len(call.input) == 4
     conv = call.module
@@ -124,7 +124,7 @@ def layer(source: Source, depthwise: Call, between: list[Call], pointwise: Call,
     gated = any(call.output[2:] == (1, 1) for call in between)
     normed = any(isinstance(call.module, nn.LayerNorm) for call in between)
     mid = activation([call for call in between if call.input == depthwise.output])
-    # Nothing but a norm may lie between a pointwise convolution and its activation, no pooling of the next block.
+    # Nothing but a norm may lie between a pointwise convolution and its activation, no pooling or addition.
     plain = itertools.takewhile(
         lambda call: is_norm(call.module) or type(call.module).__name__ in {*ACTIVATIONS, "Identity"}, behind
     )
@@ -133,7 +133,16 @@ def layer(source: Source, depthwise: Call, between: list[Call], pointwise: Call,
         name=source.name + depthwise.name.rpartition(".")[0],
         **dict(zip(("c", "h", "w"), depthwise.input[1:], strict=True)),
         k=pointwise.output[1] if isinstance(pointwise.module, nn.Conv2d) else pointwise.output[-1],
-        **{"kh": kh, "kw": kw, "sh": sh, "sw": sw, "dh": dh, "dw": dw, "pt": ph, "pb": ph, "pl": pw, "pr": pw},
+        kh=kh,
+        kw=kw,
+        sh=sh,
+        sw=sw,
+        dh=dh,
+        dw=dw,
+        pt=ph,
+        pb=ph,
+        pl=pw,
+        pr=pw,
         m=conv.out_channels // conv.in_channels,
         db=int(conv.bias is not None or any(is_norm(call.module) for call in between)),
         b=int(pointwise.module.bias is not None or any(is_norm(call.module) for call in direct)),

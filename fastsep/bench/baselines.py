@@ -10,15 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _native
 from .._activations import ACTIVATIONS
 from .._case import LAYOUTS, Case
-from .._check import Tensors
+from .._check import Tensors, oracle
 
 Call = Callable[[Tensor], Tensor]
 
-# Behind a convolution, activations that overwrite its result, as a careful user of torch writes them. Autograd
-# takes those whose derivative can be had from the value.
+# Behind a convolution, activations that overwrite its result, as a careful user of torch writes them.
+# Autograd takes those whose derivative can be had from the value.
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "relu6": partial(F.relu6, inplace=True),
@@ -38,8 +37,8 @@ def given(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-def own_parameters(case: Case, tensors: Tensors, phase: str) -> Weights:
-    """Depthwise and pointwise weight, bias and depthwise bias of its own, the weights in the case's layout."""
+def own_parameters(case: Case, tensors: Tensors) -> Weights:
+    """Copies of depthwise and pointwise weight, bias and depthwise bias, the weights in the case's layout."""
     dw, pw, b, db = (
         None if (tensor := tensors[key]) is None else tensor.clone()
         for key in ("depthwise_weight", "pointwise_weight", "bias", "depthwise_bias")
@@ -72,16 +71,17 @@ def two_convolutions(
 class Act(nn.Module):
     """An activation by its name."""
 
-    def __init__(self, name: str) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.function = ACTIVATIONS[name].forward
+    def __init__(self, name: str, in_place: bool = False) -> None:
+        super().__init__()
+        plain = ACTIVATIONS[name].forward
+        self.function = IN_PLACE.get(name, plain) if in_place else plain
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)
 
 
-def two_modules(case: Case, tensors: Tensors) -> nn.Sequential:
-    """The case as a user of torch has it in a model, for compilers and exporters."""
+def two_modules(case: Case, tensors: Tensors, in_place: bool = False) -> nn.Sequential:
+    """The case as a user of torch has it in a model; compilers and exporters want no activations in place."""
     dw, pw = tensors["depthwise_weight"], tensors["pointwise_weight"]
     assert dw is not None
     b, db = tensors["bias"], tensors["depthwise_bias"]
@@ -95,11 +95,11 @@ def two_modules(case: Case, tensors: Tensors) -> nn.Sequential:
         **factory,
     )
     parts: list[nn.Module] = [] if even else [nn.ZeroPad2d((case.pl, case.pr, case.pt, case.pb))]
-    parts += [depthwise] + [Act(case.mid)] * (case.mid != "identity")
+    parts += [depthwise] + [Act(case.mid, in_place)] * (case.mid != "identity")
     loads = [(depthwise, dw, db)]
     if pw is not None:
         pointwise = nn.Conv2d(case.c * case.m, case.k, 1, bias=b is not None, **factory)
-        parts += [pointwise] + [Act(case.act)] * (case.act != "identity")
+        parts += [pointwise] + [Act(case.act, in_place)] * (case.act != "identity")
         loads.append((pointwise, pw, b))
     with torch.no_grad():
         for conv, weight, bias in loads:
@@ -134,9 +134,4 @@ def compile_frozen(module: nn.Module, x: Tensor) -> Call:
 
 def naive(case: Case, tensors: Tensors, x: Tensor) -> Tensor:
     """Plain loops in C++, in double."""
-    shape = case.n, case.k or case.c * case.m, case.oh, case.ow
-    output = torch.empty(shape, dtype=torch.float64, memory_format=LAYOUTS[case.layout])
-    keys = "depthwise_weight", "depthwise_bias", "pointwise_weight", "bias"
-    addresses = [0 if (tensor := tensors[key]) is None else tensor.data_ptr() for key in keys]
-    _native.core.reference_forward(case.problem, x.data_ptr(), *addresses, output.data_ptr())
-    return output
+    return oracle(case, tensors | {"input": x})

@@ -219,14 +219,12 @@ def _progress(cases: list[Case]) -> list[Case]:
 
 def write(report: Report, arguments: argparse.Namespace) -> None:
     """The table, or what was asked for instead of it."""
-    for target, text in (
-        (arguments.json, lambda: json.dumps(report.to_json(), indent=1) + "\n"),
-        (arguments.csv, report.to_csv),
-    ):
+    texts = {arguments.json: json.dumps(report.to_json(), indent=1) + "\n", arguments.csv: report.to_csv()}
+    for target, text in texts.items():
         if target == "-":
-            print(text(), end="")
+            print(text, end="")
         elif target:
-            write_whole(Path(target), text())
+            write_whole(Path(target), text)
     if arguments.plot:
         write_whole(arguments.plot, plot.draw(report, arguments.plot.suffix[1:]))
     if "-" not in (arguments.json, arguments.csv):

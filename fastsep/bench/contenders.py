@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import fastsep
-
 from .. import _native
 from .._case import DTYPES, LAYOUTS, Case, format_case
 from .._check import Tensors, error_bound, relative_error
+from ..functional import depthwise_conv2d
 from ..modules import SeparableConv2d
 from . import peers
 from .baselines import Call, compiled, given, naive, own_parameters, two_convolutions, two_modules
@@ -26,7 +25,7 @@ from .machine import last_level_cache
 
 # Plain loops, for a sense of proportion; above this many operations they would take the whole day.
 NAIVE_OPERATIONS = 60e6
-# Copies of an input are made until they exceed the last-level cache so many times, but no more bytes than that.
+# Copies of an input are made until they exceed the last-level cache so many times, up to so many bytes.
 CACHES, COPIES_BYTES = 2, 1 << 30
 
 TORCH = [f"torch {layout}" for layout in LAYOUTS]
@@ -55,8 +54,6 @@ class Task:
     @classmethod
     def of(cls, case: Case, phase: str, device: str, threads: int) -> Task:
         moved = {name: None if t is None else t.to(device) for name, t in case.tensors().items()}
-        if not case.k:
-            moved |= {"pointwise_weight": None, "bias": None}
         return cls(case, phase, device, threads, moved)
 
     @property
@@ -67,7 +64,7 @@ class Task:
 
     @property
     def is_cold(self) -> bool:
-        """Whether a network would not find its input in the last-level cache, where the layer before wrote it."""
+        """Whether a network no longer finds its input in the last-level cache, where it was written."""
         x, y, _ = sizes(self.case)
         return x + y > last_level_cache(self.device) / 2
 
@@ -98,13 +95,11 @@ def unavailable(name: str, case: Case, phase: str, device: str) -> str:
             return f"naive takes part up to {NAIVE_OPERATIONS / 1e6:.0f} million operations"
     if name == "unfrozen" and (phase != "forward" or not case.k):
         return "unfrozen differs from fastsep only in the forward pass of a whole layer"
-    if name == "fastsep" and not case.k and not hasattr(fastsep, "depthwise_conv2d"):
-        return "this version of fastsep has no depthwise_conv2d"
     return ""
 
 
 def build(task: Task, against: Sequence[str], stack: ExitStack) -> dict[str, Subject]:
-    """fastsep and torch in both layouts, and of the others those that can take part; ``stack`` ends processes."""
+    """fastsep, torch in both layouts, and those of the others that can take part; ``stack`` ends them."""
     others = [name for name in against if name != "torch"]
     made = {}
     for name in [*OWN, *TORCH, *others]:
@@ -144,7 +139,7 @@ def _call(name: str, task: Task) -> tuple[Call, list[Tensor], str]:
     if name == "compile":
         return compiled(case, tensors, task.phase)
     layout = name.removeprefix("torch ")
-    weights = own_parameters(replace(case, layout=layout), tensors, task.phase)
+    weights = own_parameters(replace(case, layout=layout), tensors)
     return two_convolutions(replace(case, layout=layout), *weights, phase=task.phase), given(weights), layout
 
 
@@ -161,10 +156,7 @@ def _phase(
     turns: Iterator[Any] = itertools.cycle(inputs)
     if phase == "forward":
         return lambda: call(next(turns)), lambda: [call(inputs[0])]
-    generator = torch.Generator().manual_seed(1)
-    shape = (task.case.n, task.case.k or task.case.c * task.case.m, task.case.oh, task.case.ow)
-    grad = torch.randn(shape, generator=generator, dtype=torch.float64).to(x)
-    grad = grad.contiguous(memory_format=LAYOUTS[layout])
+    grad = task.case.gradient().to(task.device).contiguous(memory_format=LAYOUTS[layout])
 
     def leaves(x: Tensor) -> list[Tensor]:
         return [x] * needs_x + parameters * needs_weights
@@ -206,18 +198,10 @@ def layer(case: Case, tensors: Tensors) -> SeparableConv2d:
 
 
 def _depthwise_half(case: Case, tensors: Tensors) -> tuple[Call, list[Tensor], str]:
-    dw, db = (
-        None if t is None else t.clone() for t in (tensors["depthwise_weight"], tensors["depthwise_bias"])
-    )
-    function: Any = fastsep.depthwise_conv2d  # type: ignore[attr-defined]
-    options: Any = {key: case.options[key] for key in ("stride", "padding", "dilation")}
-    activation = None if case.mid == "identity" else case.mid
-
-    def call(x: Tensor) -> Tensor:
-        result: Tensor = function(x, dw, db, activation=activation, **options)
-        return result
-
-    return call, given((dw, db)), case.layout
+    dw, _, _, db = own_parameters(case, tensors)
+    assert dw is not None
+    options: Any = case.options
+    return lambda x: depthwise_conv2d(x, dw, db, **options), given((dw, db)), case.layout
 
 
 def verify(task: Task, subjects: dict[str, Subject]) -> None:
@@ -238,9 +222,7 @@ def verify(task: Task, subjects: dict[str, Subject]) -> None:
 def _check_forward(task: Task) -> Callable[[Tensor, Tensor], float]:
     case = replace(task.case, mid="identity", act="identity")
     sized: Tensors = {name: None if t is None else t.abs() for name, t in task.tensors.items()}
-    magnitude = two_convolutions(case, *own_parameters(case, sized, "forward"), phase="forward")(
-        task.input.abs()
-    )
+    magnitude = two_convolutions(case, *own_parameters(case, sized), phase="forward")(task.input.abs())
     bound = 2 * error_bound(case, magnitude)
     if task.device == "cuda" and task.case.dtype == "float32" and torch.backends.cudnn.allow_tf32:
         bound *= 2**13  # TensorFloat-32 has 10 bits behind the point, float32 has 23

@@ -8,14 +8,15 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 # Long enough that reading the clock is nothing beside it, short enough that most samples see no interruption.
 SAMPLE_SECONDS = 8e-3
 LEAST_ROUNDS = 9
-# Contenders whose threads are not shared keep them spinning for a while after their last call, and that on the
-# cores of the next one: they take turns in blocks, and the machine rests between two of them.
+# Contenders with threads of their own keep them spinning for a while after a call, on the cores of the next
+# contender: they take turns in blocks, and the machine rests between two of them.
 BLOCK_SECONDS = 0.25
 REST_SECONDS = 0.1
 LEAST_BLOCKS = 3
@@ -70,7 +71,8 @@ class OnGpu(Contender):
 
     def sample(self, calls: int) -> Sample:
         run = self.run
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        event: Any = torch.cuda.Event
+        begin, end = (event(enable_timing=True) for _ in range(2))
         cpu_begin = time.process_time()
         torch.cuda.synchronize()
         begin.record()
@@ -105,8 +107,8 @@ class Race:
     """Times contenders against each other.
 
     In each round every contender gives one sample, the mean of as many calls as fill SAMPLE_SECONDS, and each
-    round begins with another contender. The first call of a turn, which finds the caches full of another's data,
-    is not timed. Where there are several pools of threads, the contenders of one have the machine for
+    round begins with another contender. The first call of a turn, which finds the caches full of another's
+    data, is not timed. Where there are several pools of threads, the contenders of one have the machine for
     BLOCK_SECONDS, in which they take turns, and then it rests.
     """
 
@@ -123,7 +125,7 @@ class Race:
         self.calls: dict[str, int] = {}
         # Seconds per call, and seconds of the clock and of the processor in sum.
         self.samples: dict[str, list[float]] = {name: [] for name in contenders}
-        self.totals = {name: (0.0, 0.0) for name in contenders}
+        self.totals = dict.fromkeys(contenders, (0.0, 0.0))
 
     def run(self, seconds: float) -> dict[str, Timing]:
         """Goes on for about that long altogether, and for LEAST_ROUNDS at least."""
@@ -148,7 +150,7 @@ class Race:
         }
 
     def warm_up(self) -> None:
-        """The first calls pay for caches, threads and memory; those after them tell how many make a sample."""
+        """The first calls pay for caches, threads and memory; the next tell how many make a sample."""
         for names in self.pools.values():
             for name in names:
                 contender = self.contenders[name]
@@ -183,13 +185,13 @@ def race(contenders: Mapping[str, Contender | Callable[[], object]], *, seconds:
     return Race(made).run(seconds)
 
 
-def doubts(name: str, timing: Timing, threads: int) -> list[str]:
+def doubts(timing: Timing, threads: int) -> list[str]:
     """Why a time is not to be trusted, in a few words each."""
     found = []
     if timing.spread > WIDE_SPREAD:
-        found.append(f"{name} varies by {timing.spread:.0%}")
+        found.append(f"varies by {timing.spread:.0%}")
     if timing.cores > threads + 0.25:
-        found.append(f"{name} kept {timing.cores:.1f} cores busy instead of {threads}")
+        found.append(f"kept {timing.cores:.1f} cores busy instead of {threads}")
     return found
 
 

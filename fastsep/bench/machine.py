@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -38,7 +38,8 @@ def versions(device: str) -> dict[str, str]:
     """Of what decides the times."""
     found = {"fastsep": __version__, "torch": str(torch.__version__)}
     if device == "cuda":
-        found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version())}
+        cudnn: Any = torch.backends.cudnn
+        found |= {"CUDA": str(torch.version.cuda), "cuDNN": str(cudnn.version())}
     return found
 
 
@@ -96,7 +97,7 @@ def measure_bandwidth(device: str) -> float:
 
 
 def measure_peak(device: str, isa: str, dtype: str, threads: int) -> float:
-    """Operations per second: the CPU's FMA units in registers alone, the GPU in its library's matrix product."""
+    """Operations per second: of the CPU's FMA units in registers, of the GPU in a matrix product."""
     if device == "cpu":
         return _native.core.fma_peak(isa, int(dtype == "float64"), 0.05) * threads
     size = 4096
@@ -135,7 +136,7 @@ class Load:
 
 
 def _busy_seconds() -> tuple[float, float, float] | None:
-    """Of the clock, of all processors, and of this process with its children that have ended; None off Linux."""
+    """Of the clock, of all processors, of this process and its children that ended; None off Linux."""
     try:
         fields = Path("/proc/stat").read_text(encoding="ascii").split("\n", 1)[0].split()[1:]
     except OSError:
@@ -144,9 +145,3 @@ def _busy_seconds() -> tuple[float, float, float] | None:
     own = os.times()
     everything = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
     return time.monotonic(), everything, own.user + own.system + own.children_user + own.children_system
-
-
-def median_roof(roofs: list[Roof]) -> Roof:
-    """One for many rows, as clocks change with load and heat."""
-    middle = statistics.median(roof.operations for roof in roofs)
-    return replace(roofs[0], operations=middle)

@@ -1,4 +1,4 @@
-"""Whole networks in one piece: torch, torch.compile, fastsep, and the dedicated runtimes on the same weights."""
+"""Whole networks in one piece: torch, torch.compile, fastsep and other runtimes on the same weights."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ SIZE = 224
 EXPECTED = "torch nchw"
 
 
-def _convolution(c: int, k: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True) -> list[nn.Module]:
+def _convolution(
+    c: int, k: int, kernel: int, stride: int = 1, groups: int = 1, act: bool = True
+) -> list[nn.Module]:
     conv = nn.Conv2d(c, k, kernel, stride, kernel // 2, groups=groups, bias=False)
     return [conv, nn.BatchNorm2d(k), *([nn.ReLU6(inplace=True)] if act else [])]
 
@@ -58,7 +60,15 @@ def mobilenet_v1() -> nn.Module:
 def mobilenet_v2() -> nn.Module:
     """MobileNetV2 (arXiv:1801.04381) in plain torch modules."""
     # Table 2 there: expansion, channels, blocks, stride.
-    plan = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+    plan = [
+        (1, 16, 1, 1),
+        (6, 24, 2, 2),
+        (6, 32, 3, 2),
+        (6, 64, 4, 2),
+        (6, 96, 3, 1),
+        (6, 160, 3, 2),
+        (6, 320, 1, 1),
+    ]
     layers, c = _convolution(3, 32, 3, 2), 32
     for expansion, k, blocks, stride in plan:
         for i in range(blocks):
@@ -72,7 +82,7 @@ SOURCES: dict[str, Callable[[], nn.Module]] = {"mobilenet_v1": mobilenet_v1, "mo
 
 
 def build(name: str) -> nn.Module:
-    """A network for inference, its norms with numbers as training leaves them; ValueError for an unknown one."""
+    """A network for inference, its norms with numbers as training leaves them; ValueError if unknown."""
     if name not in SOURCES:
         raise ValueError(f"network must be one of {', '.join(SOURCES)} to be run in one piece, got {name!r}")
     torch.manual_seed(0)

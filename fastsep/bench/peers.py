@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,7 +56,7 @@ def _export_onnxruntime(module: nn.Module, x: Tensor, folder: Path) -> Path:
 
 
 def _export_openvino(module: nn.Module, x: Tensor, folder: Path) -> Path:
-    import openvino  # type: ignore[import-not-found,unused-ignore]
+    import openvino
 
     path = folder / "model.xml"
     converted = openvino.convert_model(module, example_input=x, input=[tuple(x.shape)])
@@ -63,12 +65,8 @@ def _export_openvino(module: nn.Module, x: Tensor, folder: Path) -> Path:
 
 
 def _export_xnnpack(module: nn.Module, x: Tensor, folder: Path) -> Path:
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import (  # type: ignore[import-not-found,unused-ignore]
-        XnnpackPartitioner,
-    )
-    from executorch.exir import (  # type: ignore[import-not-found,unused-ignore]
-        to_edge_transform_and_lower,
-    )
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
 
     path = folder / "model.pte"
     program = to_edge_transform_and_lower(
@@ -79,11 +77,16 @@ def _export_xnnpack(module: nn.Module, x: Tensor, folder: Path) -> Path:
 
 
 def _export_ncnn(module: nn.Module, x: Tensor, folder: Path) -> Path:
-    import pnnx  # type: ignore[import-not-found,unused-ignore]
+    import pnnx
 
     torch.jit.trace(module, x).save(folder / "model.pt")  # type: ignore[no-untyped-call]
     shape = ",".join(map(str, x.shape))
-    command = [Path(pnnx.__file__).with_name("pnnx"), "model.pt", f"inputshape=[{shape}]f32", "fp16=0"]
+    command: list[str | Path] = [
+        Path(pnnx.__file__).with_name("pnnx"),
+        "model.pt",
+        f"inputshape=[{shape}]f32",
+        "fp16=0",
+    ]
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return folder / "model.ncnn.param"
 
@@ -94,6 +97,18 @@ EXPORTERS = {
     "xnnpack": _export_xnnpack,
     "ncnn": _export_ncnn,
 }
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """What exporters warn and log, about themselves."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 class Remote(Contender):
@@ -111,8 +126,7 @@ class Remote(Contender):
     def __enter__(self) -> Remote:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            with warnings.catch_warnings(), torch.no_grad():
-                warnings.simplefilter("ignore")  # of exporters, about themselves
+            with _silence(), torch.no_grad():
                 path = EXPORTERS[self.runtime](self._module.eval(), self._x, folder)
             np.save(folder / "input.npy", self._x.numpy())
             self._log = stack.enter_context((folder / "log").open("w+", encoding="utf-8"))
@@ -122,7 +136,10 @@ class Remote(Contender):
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
-                env={**os.environ, "OMP_NUM_THREADS": str(self._threads)},  # of a torch that a runtime brings along
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(self._threads),
+                },  # of a torch that a runtime brings along
                 text=True,
             )
             stack.callback(_end, process)

@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from .report import Report, title
+from .report import Report, Row, title
 from .table import milliseconds
 
 SUFFIXES = {".png", ".svg", ".pdf"}
@@ -25,6 +25,7 @@ COLOURS = {
     "naive": "#D9D9D9",
 }
 INK, FAINT = "#22303C", "#8A97A3"
+ERROR_BARS = {"elinewidth": 0.8, "ecolor": INK, "alpha": 0.55}
 
 
 def check(path: Path) -> None:
@@ -37,17 +38,22 @@ def check(path: Path) -> None:
 
 def draw(report: Report, kind: str) -> bytes:
     """The picture, in a format that matplotlib knows."""
+    import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": FAINT}
-    import matplotlib as mpl
-
+    style: dict[str, Any] = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": FAINT,
+    }
     with mpl.rc_context(style):
         one = len(report.rows) == 1
         figure = Figure(
             figsize=(8.5, 4.6) if one else (12, 8.4), dpi=160, layout="constrained", facecolor="white"
         )
-        figure.get_layout_engine().set(hspace=0.08, h_pad=0.12, w_pad=0.12)  # type: ignore[union-attr]
+        layout: Any = figure.get_layout_engine()
+        layout.set(hspace=0.08, h_pad=0.12, w_pad=0.12)
         what, where = title(report)
         figure.suptitle(_headline(report), x=0.012, ha="left", fontsize=16, fontweight="bold", color=INK)
         figure.text(0.012, 0.004, f"{what}\n{where}", fontsize=8.5, color=FAINT, va="bottom")
@@ -57,7 +63,7 @@ def draw(report: Report, kind: str) -> bytes:
             above, below = figure.subplots(2, 1, height_ratios=[1.15, 1])
             _bars(report, above)
             _sizes(report, below)
-        figure.get_layout_engine().set(rect=(0, 0.055, 1, 0.945))  # type: ignore[union-attr]
+        layout.set(rect=(0, 0.055, 1, 0.945))
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind)
     return buffer.getvalue()
@@ -78,24 +84,25 @@ def _shown(report: Report) -> list[str]:
     return sorted((n for n in report.contenders if n != "unfrozen"), key=lambda name: name != "fastsep")
 
 
+def _rates(row: Row, name: str) -> tuple[float, float, float]:
+    """GFLOP/s of a contender, and how far its quartiles lie above and below."""
+    t = row.time(name)
+    if t is None:
+        return 0.0, 0.0, 0.0
+    median, high, low = (row.operations / seconds / 1e9 for seconds in (t.median, t.low, t.high))
+    return median, high - median, median - low
+
+
 def _bars(report: Report, axes: Any) -> None:
     names = _shown(report)
     width = 0.84 / len(names)
     for i, name in enumerate(names):
         at = [r + (i - (len(names) - 1) / 2) * width for r in range(len(report.rows))]
-        times = [row.time(name) for row in report.rows]
-        heights = [
-            row.operations / t.median / 1e9 if t else 0 for row, t in zip(report.rows, times, strict=True)
-        ]
-        spreads = [
-            [row.operations * abs(1 / edge - 1 / t.median) / 1e9 if t else 0 for row, t, edge in edges]
-            for edges in (
-                [(row, t, t.high if t else 1) for row, t in zip(report.rows, times, strict=True)],
-                [(row, t, t.low if t else 1) for row, t in zip(report.rows, times, strict=True)],
-            )
-        ]
-        axes.bar(at, heights, width * 0.94, color=COLOURS[name], label=name, yerr=spreads,
-                 error_kw={"elinewidth": 0.8, "ecolor": INK, "alpha": 0.55})  # fmt: skip
+        heights, above, below = zip(*(_rates(row, name) for row in report.rows), strict=True)
+        spreads = below, above
+        axes.bar(
+            at, heights, width * 0.94, color=COLOURS[name], label=name, yerr=spreads, error_kw=ERROR_BARS
+        )
     for r, row in enumerate(report.rows):
         roof = row.operations / row.roof(report.bandwidth) / 1e9
         axes.plot(
@@ -124,13 +131,17 @@ def _bars(report: Report, axes: Any) -> None:
     axes.legend(ncols=len(names) + 1, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), fontsize=9)
 
 
-def _label(row: Any) -> str:
+def _label(row: Row) -> str:
     case = row.case
     if case is None:
         return str(row.name)
     stride = f"/{case.sh}" if case.sh > 1 else ""
     dilation = f" d{case.dh}" if case.dh > 1 else ""
-    return f"{row.name}\n{case.kh}\u00d7{case.kw}{stride}{dilation}\n{case.c}\u2192{case.k or case.c * case.m}\n{case.h}\u00d7{case.w}"
+    kernel, channels = (
+        f"{case.kh}\u00d7{case.kw}{stride}{dilation}",
+        f"{case.c}\u2192{case.k or case.c * case.m}",
+    )
+    return f"{row.name}\n{kernel}\n{channels}\n{case.h}\u00d7{case.w}"
 
 
 def _sizes(report: Report, axes: Any) -> None:
@@ -166,8 +177,8 @@ def _times(report: Report, axes: Any) -> None:
     names = sorted(times, key=lambda name: -times[name].median)
     for y, name in enumerate(names):
         t = times[name]
-        axes.barh(y, t.median * 1e3, 0.7, color=COLOURS[name],
-                  xerr=[[(t.median - t.low) * 1e3], [(t.high - t.median) * 1e3]], error_kw={"elinewidth": 1, "ecolor": INK})  # fmt: skip
+        reach = [[(t.median - t.low) * 1e3], [(t.high - t.median) * 1e3]]
+        axes.barh(y, t.median * 1e3, 0.7, color=COLOURS[name], xerr=reach, error_kw=ERROR_BARS)
         ratio = row.speedup(name)
         note = f"  {milliseconds(t.median)} ms" + (
             f"   {ratio:.2f}\u00d7" if ratio and name != "fastsep" else ""

@@ -111,17 +111,26 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        """Why the times are not to be trusted."""
+        """Why the times are not to be trusted: the worst of them, by name."""
         found = [
-            f"{row.name}: {', '.join(words)}"
+            (row, name, why)
             for row in self.rows
-            if (words := [d for name in ("fastsep", *self.contenders[1:]) for d in self._doubts(row, name)])
+            for name in self.contenders
+            for why in self._doubts(row, name)
         ]
-        return [f"measure again when the machine is idle: {'; '.join(found)}"] if found else []
+        if not found:
+            return []
+        worst = [f"{row.name}: {name} {why}" for row, name, why in sorted(found, key=self._severity)[:3]]
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+        return [f"measure again when the machine is idle; {'; '.join(worst)}{more}"]
+
+    def _severity(self, found: tuple[Row, str, str]) -> float:
+        timing = found[0].time(found[1])
+        return -timing.spread if timing else 0.0
 
     def _doubts(self, row: Row, name: str) -> list[str]:
         timing = row.time(name)
-        return doubts(name, timing, self.threads) if timing and self.device == "cpu" else []
+        return doubts(timing, self.threads) if timing and self.device == "cpu" else []
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
@@ -187,8 +196,11 @@ def title(report: Report) -> tuple[str, str]:
     threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
     whole = " in one piece" if report.whole else ""
     where = threads if report.device == "cpu" else report.device
-    what = f"{report.network}{whole}, {report.phase}, batch {report.batch}, {report.dtype}, {report.layout}, {where}"
-    return what, f"{report.machine}, {roofs(report)}; {listing(report.versions)}"
+    what = f"{report.network}{whole}, {report.phase}, batch {report.batch}"
+    return (
+        f"{what}, {report.dtype}, {report.layout}, {where}",
+        f"{report.machine}, {roofs(report)}; {listing(report.versions)}",
+    )
 
 
 def roofs(report: Report) -> str:

@@ -15,12 +15,12 @@ def show(report: Report, console: Console) -> None:
     table = Table(
         title="\n".join(title(report)),
         box=box.SIMPLE_HEAD,
-        show_footer=True,
+        show_footer=len(report.rows) > 1,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     others = [name for name in report.contenders if name not in ("fastsep", "unfrozen", "torch")]
-    table.add_column("layer", "sum" if len(report.rows) > 1 else "", no_wrap=True)
+    table.add_column("layer", "sum", no_wrap=True)
     if not report.whole:
         table.add_column("shape", no_wrap=True)
     heads = [("torch", "torch"), ("\u00b1%", ""), ("layout", ""), ("fastsep", "fastsep"), ("\u00b1%", "")]
@@ -55,7 +55,7 @@ def cells(report: Report, row: Row, others: list[str]) -> list[str]:
     cells += [percent(row.share_of_peak()), percent(row.share_of_roof(report.bandwidth))]
     for name in others:
         timing = row.time(name)
-        cells += [median(timing), ratio(timing and timing.median, fastsep and fastsep.median)]
+        cells += [median(timing), ratio(timing.median, fastsep.median) if timing and fastsep else "\u2013"]
     return cells
 
 
@@ -67,13 +67,12 @@ def footnotes(report: Report) -> list[str]:
     if unfrozen:
         packed = f"with weights packed at each call {milliseconds(unfrozen)} ms"
         lines.append(f"fastsep: frozen layers, {report.layout}; {packed}.")
-    folded = "its convolutions" if report.whole else "its two convolutions"
     lines += [
-        f"torch: {folded} and in-place activations, in the layout that is faster."
-        if not report.whole
-        else "torch: eager, its norms folded into the convolutions, in the layout that is faster.",
-        "Median milliseconds, and half the interquartile range. Of peak: the share of what FMA units alone can do;",
-        "of roof: of what they or the memory can, where tensors are larger than the caches.",
+        "torch: eager, its norms folded into the convolutions, in the layout that is faster."
+        if report.whole
+        else "torch: its two convolutions and in-place activations, in the layout that is faster.",
+        "Median milliseconds, and half the interquartile range. Of peak: the share of what",
+        "FMA units alone can do; of roof: of what they or the memory can, where no cache holds the tensors.",
         *(f"[dim]{escape(remark)}[/]" for remark in report.remarks),
         *(f"[yellow]Warning:[/] {escape(warning)}" for warning in report.warnings),
     ]
@@ -85,7 +84,7 @@ def milliseconds(seconds: float | None) -> str:
 
 
 def median(timing: Timing | None) -> str:
-    return milliseconds(timing and timing.median)
+    return milliseconds(timing.median if timing else None)
 
 
 def half_spread(timing: Timing | None) -> str:

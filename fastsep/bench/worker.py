@@ -2,8 +2,8 @@
 
     python worker.py RUNTIME MODEL INPUT.npy THREADS COPIES
 
-It answers each line of JSON on its standard input with one on its standard output: {"calls": 7} with the seconds
-that so many took, {"output": "file.npy"} by writing the result there.
+It answers each line of JSON on its standard input with one on its standard output: {"calls": 7} with the
+seconds that so many took, {"output": "file.npy"} by writing the result there.
 """
 
 import itertools
@@ -11,17 +11,21 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 sys.path.pop(0)  # this file's folder, whose names are not for the runtimes to find
 
-import numpy as np  # noqa: E402
+import numpy as np
+
+Run = Callable[[Any], Any]
 
 # The runtimes print what they like: their standard output becomes standard error.
 replies = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 
 
-def onnxruntime(path, threads):
+def onnxruntime(path: str, threads: int) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -31,7 +35,7 @@ def onnxruntime(path, threads):
     return lambda x: session.run(None, {name: x})[0]
 
 
-def openvino(path, threads):
+def openvino(path: str, threads: int) -> Run:
     import openvino
 
     settings = {
@@ -43,23 +47,23 @@ def openvino(path, threads):
     return lambda x: request.infer([x], share_inputs=True, share_outputs=True)[0]
 
 
-def xnnpack(path, threads):
+def xnnpack(path: str, threads: int) -> Run:
     import torch
     from executorch.extension.pybindings import portable_lib
     from executorch.runtime import Runtime
 
     portable_lib._unsafe_reset_threadpool(threads)
-    method = Runtime.get().load_program(path).load_method("forward")
+    program = Runtime.get().load_program(path)
+    method = program.load_method("forward")  # of which it is a part
 
-    def run(x):
+    def run(x: Any) -> Any:
         (y,) = method.execute([torch.from_numpy(x)])
         return y
 
-    run.keep = method
     return run
 
 
-def ncnn(path, threads):
+def ncnn(path: str, threads: int) -> Run:
     import ncnn
 
     net = ncnn.Net()
@@ -69,7 +73,7 @@ def ncnn(path, threads):
     if net.load_param(path) or net.load_model(path.removesuffix(".param") + ".bin"):
         raise RuntimeError("ncnn does not load the model")
 
-    def run(x):
+    def run(x: Any) -> Any:
         extractor = net.create_extractor()
         extractor.input("in0", ncnn.Mat(x[0]))
         return np.array(extractor.extract("out0")[1])[None]
@@ -77,17 +81,16 @@ def ncnn(path, threads):
     return run
 
 
-def main(runtime, path, array, threads, copies):
-    run = {"onnxruntime": onnxruntime, "openvino": openvino, "xnnpack": xnnpack, "ncnn": ncnn}[runtime](
-        path, int(threads)
-    )
+def main(runtime: str, path: str, array: str, threads: str, copies: str) -> None:
+    load = {"onnxruntime": onnxruntime, "openvino": openvino, "xnnpack": xnnpack, "ncnn": ncnn}[runtime]
+    run = load(path, int(threads))
     first = np.load(array)
     inputs = [first, *(first.copy() for _ in range(int(copies) - 1))]
     turns = itertools.cycle(inputs)
     print(json.dumps({"ready": True}), file=replies, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        answer = {}
+        answer: dict[str, float] = {}
         if "output" in asked:
             np.save(asked["output"], np.asarray(run(first)))
         else:
