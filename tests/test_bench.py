@@ -14,39 +14,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from commands import ROOT, run
+from reports import report
 
 from fastsep import _native
 from fastsep._case import parse_case
 from fastsep.bench import contenders, layers, machine, networks, peers, plot
-from fastsep.bench.engine import Timing
 from fastsep.bench.machine import Load, Roof
-from fastsep.bench.report import FORMAT, Report, Row, write_whole
+from fastsep.bench.report import FORMAT, Report, write_whole
 
 needs_native = pytest.mark.skipif(_native.core is None, reason="the native module is missing")
 SMALL = "c=8 h=14 w=15 k=16 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1 db=1 b=1 mid=relu act=silu"
-
-
-def timing(seconds, spread=0.0, cores=1.0):
-    return Timing(seconds, seconds * (1 - spread / 2), seconds * (1 + spread / 2), 9, cores)
-
-
-def report(spread=0.0, cores=1.0, **changes):
-    line = "name=one c=4 h=3 w=3 k=6 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1"
-    seconds = {"fastsep": 1.0, "unfrozen": 2.0, "torch nchw": 4.0, "torch nhwc": 5.0, "onnxruntime": 3.0}
-    times = {name: timing(value, spread, cores) for name, value in seconds.items()}
-    row = Row("one", line, times, operations=200.0, bytes=0.0, peak=400.0)
-    cold = replace(row, name="two", bytes=80.0)
-    asked = {
-        "whole": False,
-        "phase": "forward",
-        "batch": 1,
-        "threads": 1,
-        "layout": "nhwc",
-        "dtype": "float32",
-    }
-    on = {"device": "cpu", "isa": "scalar", "machine": "m", "versions": {"torch": "2"}, "bandwidth": 100.0}
-    return replace(Report("net", **asked, **on, rows=[row, cold]), **changes)
 
 
 def test_report():
@@ -332,105 +309,3 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_whole(path, "after")
     assert path.read_text() == "before"
     assert list(tmp_path.iterdir()) == [path]
-
-
-@needs_native
-@pytest.mark.slow
-def test_the_benchmarks_run(tmp_path):
-    """The quick set, its JSON and its histogram, and a comparison with an earlier run, in two minutes."""
-    begin = time.monotonic()
-    suite = f"pytest benchmarks --quick -p no:cacheprovider --benchmark-storage={tmp_path}"
-    files = f"--benchmark-json={tmp_path}/now.json --benchmark-histogram={tmp_path}/histogram"
-    result = run(f"{suite} {files} --benchmark-autosave")
-    assert result.returncode == 0, result.stdout
-    assert time.monotonic() - begin < 120
-    values = json.loads((tmp_path / "now.json").read_text())["benchmarks"]
-    groups = {value["group"] for value in values}
-    assert len(groups) == 2 * len(layers.names())
-    assert {value["name"] for value in values} == {
-        *("fastsep nchw", "fastsep nhwc", "torch nchw", "torch nhwc", "compile", "naive")
-    }
-    information = values[0]["extra_info"]
-    assert information["gflops_per_s"] > 0
-    assert 0 < information["share_of_peak"] < 1.1
-    assert {"isa", "torch", "fastsep", "threads", "device"} <= set(information)
-    assert list(tmp_path.glob("histogram*.svg"))
-    result = run(f"{suite} --phases forward -k 'other and torch' --benchmark-compare")
-    assert result.returncode == 0, result.stdout
-    assert "(0001_" in result.stdout
-
-
-@needs_native
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--networks vgg", "must be one of"),
-        ("--device tpu", "device must be cpu or cuda, got 'tpu'"),
-        ("--dtype int8", "dtype must be float32"),
-        ("--device cpu --dtype float16", "dtype float16 is measured on cuda"),
-        ("--phases sideways", "phase must be one of"),
-        ("--threads 999", "threads must be 1 to"),
-    ],
-)
-def test_wrong_options_of_the_benchmarks(arguments, message):
-    result = run(f"pytest benchmarks -p no:cacheprovider {arguments}")
-    assert result.returncode == 4
-    assert message in result.stderr
-    assert result.stderr.strip().count("\n") == 0
-
-
-def compared(tmp_path, *reports):
-    paths = []
-    for i, made in enumerate(reports):
-        paths.append(tmp_path / f"{i}.json")
-        paths[-1].write_text(json.dumps(made.to_json()) if isinstance(made, Report) else made)
-    return run(f"python {ROOT}/benchmarks/compare.py {paths[0]} {paths[1]}", cwd=tmp_path)
-
-
-def test_comparing_two_results(tmp_path):
-    slower = report()
-    times = slower.rows[0].times | {"fastsep": timing(1.2)}
-    slower = replace(slower, rows=[replace(slower.rows[0], times=times), slower.rows[1]])
-    result = compared(tmp_path, report(), slower)
-    assert result.returncode == 1, result.stderr
-    assert result.stdout.count("slower") == 1
-    assert "1.200" in result.stdout
-    assert compared(tmp_path, slower, report()).returncode == 0
-    # Within the spread of both it is none.
-    wide = []
-    for seconds in (1.0, 1.2):
-        rows = [replace(row, times=row.times | {"fastsep": timing(seconds, 0.5)}) for row in report().rows]
-        wide.append(replace(report(), rows=rows))
-    assert compared(tmp_path, *wide).returncode == 0
-
-
-@pytest.mark.parametrize(
-    ("second", "message"),
-    [
-        ("{", "is no JSON"),
-        ('{"rows": []}', "is a result of format 1"),
-        (report(batch=2), "the results differ in batch: 1, 2"),
-        (replace(report(), rows=report().rows[:1]), "of different layers"),
-        ('{"format": 2, "rows": [{}]}', "is no result"),
-    ],
-)
-def test_results_that_cannot_be_compared(second, message, tmp_path):
-    result = compared(tmp_path, report(), second)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert result.stdout == ""
-
-
-@needs_native
-def test_a_training_step(tmp_path):
-    (tmp_path / "two.txt").write_text(
-        f"name=a {SMALL}\nname=b c=16 h=7 w=8 k=8 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1\n".replace("silu", "relu")
-    )
-    result = run(
-        f"python {ROOT}/benchmarks/training_step.py two.txt --batch 2 --seconds 0 --json", cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-    values = json.loads(result.stdout)
-    assert set(values["rows"]) == {"fastsep nhwc", "fastsep nchw", "torch nhwc", "torch nchw"}
-    assert all(row["seconds"] > 0 and row["memory"] >= 0 for row in values["rows"].values())

@@ -91,10 +91,10 @@ class Timing:
     low: float
     high: float
     rounds: int
-    cores: float
+    cores: float | None = None
 
     @classmethod
-    def of(cls, samples: list[float], cores: float = 1.0) -> Timing:
+    def of(cls, samples: list[float], cores: float | None = None) -> Timing:
         low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
         return cls(median, low, high, len(samples), cores)
 
@@ -190,7 +190,7 @@ def doubts(timing: Timing, threads: int) -> list[str]:
     found = []
     if timing.spread > WIDE_SPREAD:
         found.append(f"varies by {timing.spread:.0%}")
-    if timing.cores > threads + 0.25:
+    if timing.cores is not None and timing.cores > threads + 0.25:
         found.append(f"kept {timing.cores:.1f} cores busy instead of {threads}")
     return found
 

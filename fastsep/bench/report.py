@@ -52,13 +52,15 @@ class Row:
         timing = self.time(name)
         return self.operations / timing.median / self.peak if timing else None
 
-    def share_of_roof(self, bandwidth: float, name: str = "fastsep") -> float | None:
+    def share_of_roof(self, bandwidth: float | None, name: str = "fastsep") -> float | None:
         """Of the least time that arithmetic, or memory where no cache holds the tensors, leaves possible."""
         timing = self.time(name)
         return self.roof(bandwidth) / timing.median if timing else None
 
-    def roof(self, bandwidth: float) -> float:
+    def roof(self, bandwidth: float | None) -> float:
         """That least time in seconds."""
+        if bandwidth is None:
+            return self.operations / self.peak
         return Roof(self.peak, bandwidth).seconds(self.operations, self.bytes)
 
 
@@ -75,7 +77,7 @@ class Report:
     isa: str
     machine: str
     versions: dict[str, str]
-    bandwidth: float  # bytes per second
+    bandwidth: float | None  # bytes per second; None where it was not measured
     rows: list[Row]
     command: str = ""
     remarks: list[str] = field(
@@ -166,7 +168,7 @@ class Report:
             for name, t in row.times.items():
                 rates = row.operations / t.median / 1e9, row.bytes / t.median / 1e9
                 shares = row.share_of_peak(name), row.share_of_roof(self.bandwidth, name)
-                numbers = t.median, t.low, t.high, t.rounds, round(t.cores, 3)
+                numbers = t.median, t.low, t.high, t.rounds, t.cores
                 writer.writerow([*what, row.name, name, *numbers, *rates, *shares, row.line])
         return text.getvalue()
 
@@ -207,7 +209,8 @@ def roofs(report: Report) -> str:
     peaks = sorted(row.peak for row in report.rows)
     peak = peaks[len(peaks) // 2] / 1e9
     isa = f"{report.isa}, " if report.isa else ""
-    return f"{isa}peak {peak:.0f} GFLOP/s, memory {report.bandwidth / 1e9:.0f} GB/s"
+    memory = f", memory {report.bandwidth / 1e9:.0f} GB/s" if report.bandwidth else ""
+    return f"{isa}peak {peak:.0f} GFLOP/s{memory}"
 
 
 def listing(versions: Mapping[str, str]) -> str:
