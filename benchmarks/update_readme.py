@@ -102,7 +102,9 @@ def steps(results: list[dict]) -> str:
 
 def machine(folder: Path) -> str:
     """All results of one machine in Markdown."""
-    files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    files = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))
+    }
     reports = {name: Report.from_json(values) for name, values in files.items() if "format" in values}
     parts = [detail(reports["mobilenet_v1"])] if "mobilenet_v1" in reports else []
     for name, text in PLOTS.items():

@@ -134,7 +134,8 @@ def test_instructions_are_counted(tmp_path):
     program = (
         "import regression, pathlib\n"
         f"program = regression.build(regression.ROOT, pathlib.Path('{tmp_path}'), module=False)\n"
-        "print(*(regression.count(program, name, 'forward', 'nhwc') for name in ('block12', 'block12', 'block5')))"
+        "layers = 'block12', 'block12', 'block5'\n"
+        "print(*(regression.count(program, layer, 'forward', 'nhwc') for layer in layers))"
     )
     result = run(f'python -c "{program}"', cwd=ROOT / "benchmarks", PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def draw(report: Report, kind: str) -> bytes:
         layout.set(hspace=0.08, h_pad=0.12, w_pad=0.12)
         what, where = title(report)
         figure.suptitle(_headline(report), x=0.012, ha="left", fontsize=16, fontweight="bold", color=INK)
+        where = textwrap.fill(where, 100 if one else 170)
         figure.text(0.012, 0.004, f"{what}\n{where}", fontsize=8.5, color=FAINT, va="bottom")
         if one:
             _times(report, figure.subplots())
@@ -63,7 +65,9 @@ def draw(report: Report, kind: str) -> bytes:
             above, below = figure.subplots(2, 1, height_ratios=[1.15, 1])
             _bars(report, above)
             _sizes(report, below)
-        layout.set(rect=(0, 0.055, 1, 0.945))
+        lines = 2 + where.count("\n")
+        bottom = lines * (0.032 if one else 0.019) + 0.012
+        layout.set(rect=(0, bottom, 1, 1 - bottom))
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind)
     return buffer.getvalue()
