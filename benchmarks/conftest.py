@@ -1,38 +1,192 @@
-"""Options of `pytest benchmarks/`."""
+"""Options of `pytest benchmarks/`, and the comparisons that its tests share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from fastsep.bench.layers import load, names
+from fastsep import _native
+from fastsep._case import DTYPES, LAYOUTS, Case
+from fastsep.bench import contenders, layers, machine
+from fastsep.bench.engine import Race, Timing
+from fastsep.bench.report import Row
+
+NAMES = ["naive", *contenders.TORCH, "compile", *(f"fastsep {layout}" for layout in LAYOUTS)]
+
+
+class Group(NamedTuple):
+    """A layer and what of it is measured: the contenders for it take turns."""
+
+    network: str
+    case: Case
+    phase: str
+    compiled: bool  # whether torch.compile takes part, which takes seconds to compile
 
 
 def pytest_addoption(parser):
     group = parser.getgroup("fastsep")
-    group.addoption("--network", default="mobilenet_v1", help=f"{', '.join(names())} or a file of layers")
-    group.addoption("--quick", action="store_true", help="one small layer, one round: only whether it runs")
-
-
-def pytest_generate_tests(metafunc):
-    if "case" in metafunc.fixturenames:
-        config = metafunc.config
-        layers = load(config.getoption("network")).layers
-        distinct = {tuple(case.problem): case for case in reversed(layers)}  # the first of equal ones stays
-        cases = sorted(distinct.values(), key=layers.index)
-        metafunc.parametrize(
-            "case", cases[-1:] if config.getoption("quick") else cases, ids=lambda case: case.name
-        )
+    known = ",".join(layers.names())
+    group.addoption("--networks", default="mobilenet_v1", help=f"some of {known}, or files of layers, or all")
+    group.addoption("--phases", default="forward,training", help=f"some of {','.join(layers.PHASES)}")
+    group.addoption("--device", help="cpu or cuda (default: cuda where there is one)")
+    group.addoption(
+        "--dtype", default=None, help="some of float32, float16, bfloat16 (default: all that fit the device)"
+    )
+    group.addoption("--threads", type=int, default=1, help="of each contender")
+    group.addoption("--batch", type=int, default=1, help="images")
+    group.addoption("--seconds", type=float, default=2.0, help="for each layer and phase")
+    group.addoption(
+        "--quick", action="store_true", help="the smallest layer of every network, as few rounds as can be"
+    )
 
 
 def pytest_configure(config):
-    if config.getoption("quick"):
-        config.option.benchmark_min_rounds = 1
-        config.option.benchmark_max_time = 0.0
+    option = config.getoption
+    try:
+        config.fastsep_groups = groups(option)
+        if option("threads") < 1 or option("threads") > machine.cores():
+            raise ValueError(f"threads must be 1 to {machine.cores()}, got {option('threads')}")
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """One thread, as `python -m fastsep bench` has it by default."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def device_of(option) -> str:
+    device = option("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch finds no GPU here")
+    return device
+
+
+def dtypes_of(option, device: str) -> list[str]:
+    if option("dtype") is None:
+        return ["float32"] if device == "cpu" else ["float32", "float16", "bfloat16"]
+    for dtype in option("dtype").split(","):
+        if dtype not in ("float32", "float64", "float16", "bfloat16"):
+            raise ValueError(f"dtype must be float32, float64, float16 or bfloat16, got {dtype!r}")
+        if device == "cpu" and DTYPES[dtype] not in _native.DTYPES:
+            raise ValueError(f"dtype {dtype} is measured on cuda, and the device is cpu")
+    return option("dtype").split(",")
+
+
+def groups(option) -> list[Group]:
+    """All that is to be measured."""
+    quick, device = option("quick"), device_of(option)
+    everything = quick or option("networks") == "all"
+    networks = [
+        layers.load(name) for name in (layers.names() if everything else option("networks").split(","))
+    ]
+    phases = option("phases").split(",")
+    for phase in phases:
+        if phase not in layers.PHASES:
+            raise ValueError(f"phase must be one of {', '.join(layers.PHASES)}, got {phase!r}")
+    found = []
+    for network in networks:
+        cases = layers.distinct(network.layers)
+        if quick:
+            cases = [min(cases, key=layers.operations)]
+        for case in cases:
+            for dtype in dtypes_of(option, device):
+                sized = replace(case, dtype=dtype, n=option("batch"))
+                compiled = not quick or network.name == "mobilenet_v1"
+                found += [Group(network.name, sized, phase, compiled) for phase in phases]
+    return found
+
+
+def pytest_generate_tests(metafunc):
+    if "group" in metafunc.fixturenames:
+        found = metafunc.config.fastsep_groups
+        pairs = [(group, name) for group in found for name in NAMES]
+        ids = [f"{g.network}-{g.case.name}-{g.phase}-{g.case.dtype}-{name}" for g, name in pairs]
+        metafunc.parametrize(("group", "contender"), pairs, ids=ids)
+
+
+class Result(NamedTuple):
+    """Of one contender."""
+
+    samples: list[float]
+    information: dict[str, object]
+
+
+class Comparison:
+    """Runs the contenders of a group against each other once, for all its tests."""
+
+    def __init__(self, config) -> None:
+        option = config.getoption
+        self.device, self.threads = device_of(option), option("threads")
+        self.seconds = 0.0 if option("quick") else option("seconds")
+        self.isa = _native.core.best_isa() if self.device == "cpu" else ""
+        self.bandwidth = machine.measure_bandwidth(self.device)
+        self.done: dict[Group, dict[str, Result]] = {}
+
+    def reason(self, group: Group, contender: str) -> str:
+        """Why a contender does not take part; empty where it does."""
+        if contender == "compile" and not group.compiled:
+            return "torch.compile takes part in one layer of --quick"
+        if contender.startswith("torch "):
+            return ""
+        return contenders.unavailable(contender.split()[0], group.case, group.phase, self.device)
+
+    def results(self, group: Group, selected: list[str]) -> dict[str, Result]:
+        if group not in self.done:
+            with machine.fixed_threads(self.threads), contenders.context(group.phase):
+                self.done = {group: self.measure(group, selected)}  # the tests of a group are neighbours
+        return self.done[group]
+
+    def measure(self, group: Group, selected: list[str]) -> dict[str, Result]:
+        others = [name for name in ("naive", "compile") if name in selected and not self.reason(group, name)]
+        subjects = {}
+        with contenders.ExitStack() as stack:
+            for layout in LAYOUTS:
+                case = replace(group.case, layout=layout)
+                task = contenders.Task.of(case, group.phase, self.device, self.threads)
+                made = contenders.build(task, others if layout == "nhwc" else [], stack)
+                contenders.verify(task, made)
+                made = {f"fastsep {layout}" if name == "fastsep" else name: s for name, s in made.items()}
+                subjects |= {name: subject for name, subject in made.items() if name in selected}
+            peak = machine.measure_peak(self.device, self.isa, group.case.dtype, self.threads)
+            race = Race({name: subject.contender for name, subject in subjects.items()})
+            times = race.run(self.seconds)
+        moved = layers.traffic(case, group.phase) if task.is_cold else 0
+        row = Row(case.name, "", times, layers.phase_operations(case, group.phase), moved, peak)
+        return {name: Result(race.samples[name], self.information(row, name)) for name in subjects}
+
+    def information(self, row: Row, name: str) -> dict[str, object]:
+        timing: Timing = row.times[name]
+        return {
+            "gflops_per_s": row.operations / timing.median / 1e9,
+            "gbytes_per_s": row.bytes / timing.median / 1e9,
+            "share_of_peak": row.share_of_peak(name),
+            "share_of_roof": row.share_of_roof(self.bandwidth, name),
+            "peak_gflops_per_s": row.peak / 1e9,
+            "bandwidth_gbytes_per_s": self.bandwidth / 1e9,
+            "spread": timing.spread,
+            "cores": timing.cores,
+            "device": machine.device_name(self.device),
+            "isa": self.isa,
+            "threads": self.threads,
+            **machine.versions(self.device),
+        }
+
+
+@pytest.fixture(scope="session")
+def comparison(pytestconfig):
+    with machine.Load() as load:
+        yield Comparison(pytestconfig)
+    for doubt in load.doubts:
+        print(f"\nwarning: {doubt}")
+
+
+@pytest.fixture
+def result(request, comparison, group, contender) -> Result:
+    """What was measured of this contender, against all that were selected of its group."""
+    reason = comparison.reason(group, contender)
+    if reason:
+        pytest.skip(reason)
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    selected = [given["contender"] for given in params if given.get("group") == group]
+    return comparison.results(group, selected)[contender]

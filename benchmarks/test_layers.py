@@ -1,38 +1,46 @@
-"""Layers one by one: fastsep and torch's two convolutions in both layouts, plain loops for a small one.
+"""Layers one by one: fastsep, torch's two convolutions in both layouts, torch.compile, plain loops.
 
-pytest benchmarks/ [--network other] [--quick], and pytest-benchmark's options. A group is a layer.
+pytest benchmarks/ [--networks mobilenet_v2,xception] [--phases training] [--quick], and pytest-benchmark's
+options.
+
+The contenders for a layer take turns, as `python -m fastsep bench` has them: a group of pytest-benchmark's
+table. Its tests share one comparison, from which each shows its own samples.
 """
 
-from dataclasses import replace
-from functools import partial
+import itertools
 
 import pytest
-import torch
-
-from fastsep import reference
-from fastsep._case import LAYOUTS, parse_case
-from fastsep.bench.compare import candidates, verify
-
-SMALL = "name=small c=8 h=14 w=14 k=16 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1 db=1 b=1 mid=relu act=relu"
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("library", ["fastsep", "torch"])
-def test_layer(benchmark, case, library, layout):
-    benchmark.group = case.name
-    case = replace(case, layout=layout)
-    with torch.inference_mode():
-        runs = candidates(case)
-        verify(case, runs)
-        benchmark(runs["fastsep" if library == "fastsep" else f"torch {layout}"])
+class Replay:
+    """A clock for pytest-benchmark that shows times taken before."""
+
+    __name__ = "samples"
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def show(self, benchmark, samples):
+        turns = itertools.cycle(samples)
+
+        def begin():
+            self.now = 0.0
+
+        def end():
+            self.now = next(turns)
+
+        benchmark.pedantic(end, setup=begin, rounds=len(samples))
 
 
-@pytest.mark.parametrize("library", ["fastsep", "torch nhwc", "plain loops"])
-def test_small_layer(benchmark, library):
-    benchmark.group = "small"
-    case = parse_case(f"{SMALL} layout=nhwc")
-    with torch.inference_mode():
-        runs = candidates(case)
-        runs["plain loops"] = partial(reference.separable_conv2d, **case.tensors(), **case.options)
-        verify(case, runs)
-        benchmark(runs[library])
+replay = Replay()
+
+
+@pytest.mark.benchmark(timer=replay)
+def test_layer(benchmark, group, contender, result):
+    benchmark.group = f"{group.network} {group.case.name}, {group.phase}, {group.case.dtype}"
+    benchmark.name = contender
+    benchmark.extra_info.update(result.information)
+    replay.show(benchmark, result.samples)

@@ -314,4 +314,12 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
     check(fma_peak(chosen, static_cast<Dtype>(dtype), seconds, &flops));
     return flops;
   });
+  m.def("memory_bandwidth", [](size_t bytes, double seconds) {
+    const Executor executor = current_executor();
+    py::gil_scoped_release release;
+    const std::unique_ptr<char[]> buffer(new char[bytes]);
+    double speed = 0;
+    check(memory_bandwidth(buffer.get(), bytes, seconds, executor, &speed));
+    return speed;
+  });
 }

@@ -191,4 +191,10 @@ void reference_backward(const Problem& problem, const void* input, const Weights
 // `seconds`.
 Status fma_peak(Isa isa, Dtype dtype, double seconds, double* flops_per_second);
 
+// Bytes read and written per second, added together, by all threads that copy one half of the buffer over the other,
+// over about `seconds`. The buffer should be a few times the last-level cache; its contents are lost.
+// small_workspace where it is less than memory_bandwidth_least bytes.
+constexpr size_t memory_bandwidth_least = size_t{1} << 20;
+Status memory_bandwidth(void* buffer, size_t bytes, double seconds, const Executor& executor, double* bytes_per_second);
+
 }  // namespace fastsep

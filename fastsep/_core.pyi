@@ -117,3 +117,9 @@ def reference_forward(
 
 def fma_peak(isa: str, dtype: int, seconds: float) -> float:
     """Floating-point operations per second of one thread that does nothing but FMAs."""
+
+def memory_bandwidth(bytes: int, seconds: float) -> float:
+    """Bytes read and written per second by threads that copy one half of so large a buffer over the other.
+
+    ValueError for less than 1 MB; MemoryError where there is no memory for it.
+    """

@@ -1,132 +1,311 @@
-"""The timing method, on a clock of our own, and the files of layers."""
+"""What is compared: the files of layers, the contenders, reports, plots and the suite of pytest-benchmark."""
+
+import csv
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
-from commands import run
+import torch
+from reports import report
 
+from fastsep import _native
 from fastsep._case import parse_case
-from fastsep.bench import engine, layers
-from fastsep.bench.engine import Timing, geometric_mean, race
-from fastsep.bench.report import Report, Row
+from fastsep.bench import contenders, layers, machine, networks, peers, plot
+from fastsep.bench.machine import Load, Roof
+from fastsep.bench.report import FORMAT, Report, write_whole
 
-
-class Clock:
-    """Stands still but for what the candidates add."""
-
-    def __init__(self):
-        self.now = 0.0
-        self.calls = []
-
-    def __call__(self):
-        return self.now
-
-    def candidate(self, name, *costs):
-        """Costs in turn, the last one from then on."""
-        left = list(costs)
-
-        def run():
-            self.calls.append(name)
-            self.now += left.pop(0) if len(left) > 1 else left[0]
-
-        return run
-
-
-def test_race_measures_each_candidate():
-    clock = Clock()
-    # Eight calls of warm-up, dear as first calls are.
-    fast = clock.candidate("fast", *[1e-3] * 8, 1e-4)
-    slow = clock.candidate("slow", *[9e-3] * 8, 5e-3)
-    times = race({"fast": fast, "slow": slow}, seconds=0.5, clock=clock)
-    assert times["fast"].median == pytest.approx(1e-4)
-    assert times["slow"].median == pytest.approx(5e-3)
-    assert times["fast"].spread == pytest.approx(0, abs=1e-9)
-    assert times["fast"].rounds == times["slow"].rounds
-    assert 0.5 <= clock.now < 0.6
-
-
-def test_candidates_take_turns():
-    clock = Clock()
-    cost = engine.SAMPLE_SECONDS  # so one call a sample
-    race({name: clock.candidate(name, cost) for name in "abc"}, seconds=0, clock=clock)
-    rounds = clock.calls[3 * 8 :]  # two a turn, of which the first is not timed
-    assert len(rounds) == 2 * 3 * engine.LEAST_ROUNDS
-    assert "".join(rounds[:24]) == "aabbcc" + "bbccaa" + "ccaabb" + "aabbcc"
-
-
-def test_the_first_call_of_a_turn_is_not_timed():
-    clock = Clock()
-    costs = [1.0] * 8 + [99.0, 1.0] * engine.LEAST_ROUNDS
-    assert race({"a": clock.candidate("a", *costs)}, seconds=0, clock=clock)["a"].high == pytest.approx(1.0)
-
-
-def test_short_calls_are_repeated_to_fill_a_sample():
-    clock = Clock()
-    race({"a": clock.candidate("a", engine.SAMPLE_SECONDS / 50)}, seconds=0, clock=clock)
-    assert len(clock.calls) == 8 + 51 * engine.LEAST_ROUNDS
-
-
-def test_one_disturbance_does_not_move_the_median():
-    assert Timing.of([1.0, 1.0, 9.0, 1.0, 1.0]).median == 1.0
-    timing = Timing.of([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert (timing.low, timing.median, timing.high, timing.rounds) == (2.0, 3.0, 4.0, 5)
-    assert timing.spread == pytest.approx(2 / 3)
-
-
-def test_geometric_mean():
-    assert geometric_mean([1, 4]) == pytest.approx(2)
-
-
-def report(spread=0.0):
-    def timing(seconds):
-        return Timing(seconds, seconds * (1 - spread / 2), seconds * (1 + spread / 2), 9)
-
-    line = "name=one c=4 h=3 w=3 k=6 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1"
-    times = {"fastsep": 1.0, "unfrozen": 2.0, "torch nchw": 4.0, "torch nhwc": 5.0}
-    row = Row(line, {name: timing(seconds) for name, seconds in times.items()}, peak=2 * 9 * 4 * (9 + 6) * 2)
-    return Report("net", 1, 1, "nhwc", "scalar", "machine", {"torch": "2"}, [row, row])
+needs_native = pytest.mark.skipif(_native.core is None, reason="the native module is missing")
+SMALL = "c=8 h=14 w=15 k=16 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1 db=1 b=1 mid=relu act=silu"
 
 
 def test_report():
     made = report()
+    assert made.contenders == ["fastsep", "unfrozen", "torch", "onnxruntime"]
     assert made.rows[0].torch_layout == "nchw"
     assert made.total("torch") == 8
     assert made.total("unfrozen") == 4
-    assert made.geometric_mean == pytest.approx(4)
+    assert made.total("ncnn") is None
+    assert made.mean_speedup() == pytest.approx(4)
+    assert made.mean_speedup("onnxruntime") == pytest.approx(3)
     assert made.share_of_peak == pytest.approx(0.5)
+    # The second row's roof is memory's: 80 bytes at 100 a second.
+    assert made.share_of_roof == pytest.approx((0.5 + 0.8) / 2)
     assert made.warnings == []
-    assert Report.from_json(made.to_json()) == made
 
 
-def test_a_wide_spread_is_warned_of():
+def test_roof():
+    roof = Roof(operations=10.0, bytes=2.0)
+    assert roof.seconds(100, 1) == 10
+    assert roof.seconds(10, 8) == 4
+
+
+def test_report_as_json():
+    made = report()
+    values = json.loads(json.dumps(made.to_json()))
+    assert values["format"] == FORMAT
+    assert Report.from_json(values) == made
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"rows": []}, "format 1, this version reads format 2"),
+        ({"format": 3, "rows": []}, "format 3, this version reads format 2"),
+        ({"network": "x"}, "is no result"),
+        ([1], "is no result"),
+    ],
+)
+def test_what_is_no_report(values, message):
+    with pytest.raises(ValueError, match=message):
+        Report.from_json(values)
+
+
+def test_report_as_csv():
+    rows = list(csv.DictReader(io.StringIO(report().to_csv())))
+    assert [(row["layer"], row["contender"]) for row in rows[:2]] == [("one", "fastsep"), ("one", "unfrozen")]
+    assert len(rows) == 2 * 5
+    assert float(rows[0]["gflops_per_s"]) == pytest.approx(200e-9)
+    assert float(rows[5]["share_of_roof"]) == pytest.approx(0.8)
+    assert parse_case(rows[0]["case"]).c == 4
+
+
+def test_warnings_name_the_worst():
+    assert report(spread=0.05).warnings == []
     (warning,) = report(spread=0.2).warnings
-    assert "one (fastsep, 20%)" in warning
+    assert "one: fastsep varies by 20%" in warning
+    assert "and 5 more" in warning
+    (warning,) = report(cores=2.0).warnings
+    assert "kept 2.0 cores busy instead of 1" in warning
 
 
-def test_layers_of_the_networks():
-    assert layers.names() == ["mobilenet_v1", "other"]
+@needs_native
+def test_others_at_work_are_noticed():
+    busy = "import time; end = time.monotonic() + 20\nwhile time.monotonic() < end: pass"
+    process = subprocess.Popen([sys.executable, "-c", busy])
+    try:
+        time.sleep(0.2)
+        with Load() as load:
+            time.sleep(0.5)
+    finally:
+        process.kill()
+        process.wait()
+    if not os.path.exists("/proc/stat"):
+        assert load.others == 0
+    else:
+        assert load.others > 0.3
+        assert "other programs kept" in load.doubts[0]
+
+
+def test_own_work_is_not_taken_for_that_of_others():
+    load = Load()
+    load.others = 0.05
+    assert load.doubts == []
+
+
+def test_the_last_level_cache_is_plausible():
+    assert 64 << 10 <= machine.last_level_cache() <= 4 << 30
+
+
+def test_threads_are_fixed_and_given_back(threads):
+    before = torch.get_num_threads()
+    with machine.fixed_threads(1):
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+    with pytest.raises(RuntimeError, match="2 threads in the end, not 1"), machine.fixed_threads(1):
+        torch.set_num_threads(2)
+
+
+def test_layers_of_mobilenet_v1():
     network = layers.load("mobilenet_v1")
     assert len(network.layers) == 13
     # Of the 569 million multiply-adds that the paper counts, what is left without first layer and classifier.
     assert sum(map(layers.operations, network.layers)) / 2 == pytest.approx(557e6, rel=0.01)
     for before, after in zip(network.layers, network.layers[1:], strict=False):
         assert (before.k, before.oh, before.ow) == (after.c, after.h, after.w)
+    assert len(layers.distinct(network.layers)) == 9
     assert {(case.kh, case.sh, case.dh, case.m) for case in layers.load("other").layers} == {
         *((5, 1, 1, 1), (7, 1, 1, 1), (3, 2, 1, 1), (3, 1, 2, 1), (3, 1, 1, 2))
     }
 
 
+def test_every_file_of_layers_parses():
+    assert {"convnext_tiny", "deeplab", "efficientnet_b0", "mobilenet_v3_large", "xception_71"} <= set(
+        layers.names()
+    )
+    for name in layers.names():
+        found = layers.load(name).layers
+        assert len({case.name for case in found}) == len(found) > 0, name
+        assert all(min(case.oh, case.ow) > 0 for case in found), name
+
+
 def test_operations():
-    assert layers.operations(parse_case("n=2 c=3 h=5 w=4 k=7 kh=3 kw=2 m=2")) == 2 * 2 * 3 * 3 * 6 * (6 + 7)
+    case = parse_case("n=2 c=3 h=5 w=4 k=7 kh=3 kw=2 m=2")
+    assert layers.operations(case) == 2 * 2 * 3 * 3 * 6 * (6 + 7)
+    assert layers.backward_operations(case) == 2 * 2 * 3 * 3 * 6 * (18 + 14)
+    # Three times the forward pass, and the depthwise half again.
+    assert layers.phase_operations(case, "training") == 2 * 2 * 3 * 3 * 6 * (4 * 6 + 3 * 7)
+    alone = parse_case("c=3 h=5 w=4 k=0 kh=3 kw=2")
+    assert layers.phase_operations(alone, "weight-gradient") == layers.operations(alone)
+    assert layers.phase_operations(alone, "training") == 3 * layers.operations(alone)
 
 
-def test_the_benchmarks_run():
-    result = run("pytest benchmarks --quick")
-    assert result.returncode == 0, result.stdout
-    assert "7 passed" in result.stdout
+def test_traffic():
+    case = parse_case("n=2 c=3 h=5 w=4 k=7 kh=3 kw=2 b=1 dtype=float64")
+    assert layers.sizes(case) == (8 * 2 * 3 * 5 * 4, 8 * 2 * 7 * 3 * 3, 8 * (3 * 6 + 3 * 7 + 7))
+    assert layers.traffic(case, "forward") == sum(layers.sizes(case))
 
 
 def test_files_that_are_no_networks(tmp_path):
-    with pytest.raises(ValueError, match="must be one of mobilenet_v1, other or a file of layers"):
+    with pytest.raises(ValueError, match=r"must be one of .*mobilenet_v1.*, a file of layers or a layer"):
         layers.load("vgg")
     (tmp_path / "empty.txt").write_text("# nothing\n")
     with pytest.raises(ValueError, match="holds no layers"):
         layers.load(str(tmp_path / "empty.txt"))
+
+
+@needs_native
+@pytest.mark.parametrize("phase", layers.PHASES)
+@pytest.mark.parametrize(
+    "line", [SMALL, "c=8 h=14 w=15 k=0 kh=5 kw=5 sh=2 sw=2 pt=2 pb=2 pl=2 pr=2 db=1 mid=tanh"]
+)
+def test_contenders_agree(line, phase):
+    case = parse_case(f"{line} layout=nhwc")
+    task = contenders.Task.of(case, phase, "cpu", 1)
+    with contenders.context(phase), ExitStack() as stack:
+        subjects = contenders.build(task, ["torch", "naive"], stack)
+        contenders.verify(task, subjects)
+        expected = {"fastsep", "torch nchw", "torch nhwc"}
+        if phase == "forward":
+            expected |= {"naive"} | ({"unfrozen"} if case.k else set())
+        assert set(subjects) == expected
+        sizes = {
+            "forward": 1,
+            "training": 5 if case.k else 3,
+            "input-gradient": 1,
+            "weight-gradient": 4 if case.k else 2,
+        }
+        assert all(len(subject.outputs()) == sizes[phase] for subject in subjects.values())
+        assert all(subject.contender.sample(2).seconds > 0 for subject in subjects.values())
+
+
+@needs_native
+@pytest.mark.parametrize("phase", ["forward", "training"])
+def test_contenders_that_disagree_are_found(phase, monkeypatch):
+    two_convolutions = contenders.two_convolutions
+
+    def slightly_off(case, *weights, phase):
+        call = two_convolutions(case, *weights, phase=phase)
+        return (lambda x: call(x) * 1.01) if case.layout == "nhwc" and case.mid != "identity" else call
+
+    monkeypatch.setattr(contenders, "two_convolutions", slightly_off)
+    task = contenders.Task.of(parse_case(SMALL), phase, "cpu", 1)
+    with contenders.context(phase), ExitStack() as stack:
+        subjects = contenders.build(task, [], stack)
+        with pytest.raises(ArithmeticError, match="torch nhwc differs from torch by"):
+            contenders.verify(task, subjects)
+
+
+@needs_native
+def test_torch_compile_takes_part():
+    task = contenders.Task.of(parse_case(SMALL), "forward", "cpu", 1)
+    with contenders.context("forward"), ExitStack() as stack:
+        subjects = contenders.build(task, ["compile"], stack)
+        contenders.verify(task, subjects)
+    assert "compile" in subjects
+
+
+def test_inputs_rotate_where_a_network_finds_them_cold(monkeypatch):
+    monkeypatch.setattr(contenders, "last_level_cache", lambda device: 64 << 10)
+    task = contenders.Task.of(parse_case("c=8 h=32 w=32 k=8 kh=3 kw=3"), "forward", "cpu", 1)
+    assert task.is_cold  # 32 KB in, 28 KB out
+    assert task.copies == 2 * (64 << 10) // (32 << 10) + 1
+    seen = []
+    turn, outputs = contenders._phase(task, lambda x: seen.append(x.data_ptr()) or x, [], "nchw")
+    outputs()
+    for _ in range(2 * task.copies):
+        turn()
+    assert len(set(seen)) == task.copies
+    assert seen[1 : 1 + task.copies] == seen[1 + task.copies :]
+    monkeypatch.setattr(contenders, "last_level_cache", lambda device: 1 << 20)
+    assert task.copies == 1
+
+
+@pytest.mark.parametrize("runtime", peers.RUNTIMES)
+def test_runtimes(runtime):
+    """A layer in each runtime that is installed, in a process of its own."""
+    if peers.missing(runtime):
+        pytest.skip(peers.missing(runtime))
+    task = contenders.Task.of(parse_case(SMALL), "forward", "cpu", 1)
+    with contenders.context("forward"), ExitStack() as stack:
+        subjects = contenders.build(task, [runtime], stack)
+        contenders.verify(task, subjects)
+        assert subjects[runtime].contender.pool == runtime
+        assert subjects[runtime].contender.sample(3).seconds > 0
+
+
+def test_a_runtime_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(peers, "version", lambda name: None)
+    assert peers.missing("ncnn") == 'ncnn needs ncnn, pnnx, which is not installed: pip install ".[peers]"'
+    assert "not installed" in contenders.unavailable("ncnn", parse_case(SMALL), "forward", "cpu")
+
+
+@pytest.mark.parametrize("name", networks.SOURCES)
+def test_whole_networks(name):
+    """The same operations as the papers count, two a multiply-add, and folding changes nothing."""
+    network = networks.build(name)
+    x = torch.randn(1, 3, networks.SIZE, networks.SIZE)
+    assert networks.operations(network, x) == pytest.approx(
+        2 * {"mobilenet_v1": 569e6, "mobilenet_v2": 300e6}[name], rel=0.01
+    )
+    with torch.inference_mode(), ExitStack() as stack:
+        subjects = networks.subjects(network, x, [], 1, "cpu", stack)
+        networks.verify(subjects)
+        assert {"torch nchw", "torch nhwc", "eager"} <= set(subjects)
+        wrong = replace(subjects["eager"], outputs=lambda: [torch.zeros(1, 1000)])
+        with pytest.raises(ArithmeticError, match="eager differs from torch"):
+            networks.verify(subjects | {"eager": wrong})
+
+
+def pixels(png):
+    """Distinct rows of a PNG's uncompressed data."""
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    data, at = b"", 8
+    while at < len(png):
+        (length,) = struct.unpack(">I", png[at : at + 4])
+        if png[at + 4 : at + 8] == b"IDAT":
+            data += png[at + 8 : at + 8 + length]
+        at += 12 + length
+    raw = zlib.decompress(data)
+    width = struct.unpack(">I", png[16:20])[0]
+    stride = 4 * width + 1
+    return {raw[i + 1 : i + stride] for i in range(0, len(raw), stride)}
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_plot_is_not_blank(rows):
+    made = report()
+    picture = plot.draw(replace(made, rows=made.rows[:rows]), "png")
+    assert len(pixels(picture)) > 100
+    assert plot.draw(replace(made, rows=made.rows[:rows]), "svg").count(b"onnxruntime") >= 1
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "result.json"
+    path.write_text("before")
+
+    def full(source, target):
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space"):
+        write_whole(path, "after")
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]

@@ -14,7 +14,7 @@ import fastsep
 from fastsep import _check, _native
 from fastsep.__main__ import main
 from fastsep._case import parse_case
-from fastsep.bench import compare
+from fastsep.bench import baselines, command, machine
 from fastsep.bench.report import Report
 
 needs_native = pytest.mark.skipif(_native.core is None, reason="the native module is missing")
@@ -96,6 +96,7 @@ def test_bench_prints_a_table(tmp_path):
     rows = [line.split() for line in result.stdout.splitlines() if "\u00d7" in line]
     assert [row[0] for row in rows] == [f"block{i}" for i in range(1, 14)]
     assert all(row[4] in ("nchw", "nhwc") and row[-1].endswith("%") for row in rows)
+    assert all(0 < float(row[-1].rstrip("%")) < 120 and float(row[-3]) > 0 for row in rows)
     assert "Geometric mean of the speedups" in result.stdout
 
 
@@ -118,8 +119,9 @@ def test_bench_as_json(tmp_path, capsys):
     (row,) = report.rows
     assert row.case == replace(parse_case(SMALL), n=2)
     assert set(row.times) == {"fastsep", "unfrozen", "torch nchw", "torch nhwc"}
+    assert report.bandwidth > 0
     assert all(0 < t.low <= t.median <= t.high for t in row.times.values())
-    assert 0 < row.share_of_peak < 1
+    assert 0 < row.share_of_peak() < 1
 
 
 @needs_native
@@ -128,7 +130,7 @@ def test_bench_refuses_to_time_wrong_results(monkeypatch, capsys):
         "conv2d": lambda *args: torch.nn.functional.conv2d(*args) * 1.001,
         "pad": torch.nn.functional.pad,
     }
-    monkeypatch.setattr(compare, "F", SimpleNamespace(**wrong))
+    monkeypatch.setattr(baselines, "F", SimpleNamespace(**wrong))
     assert main(["bench", "--seconds", "0"]) == 1
     assert "differs from torch" in capsys.readouterr().err
 
@@ -138,10 +140,16 @@ def test_bench_refuses_to_time_wrong_results(monkeypatch, capsys):
     [
         (
             ["bench", "--network", "alexnet"],
-            "must be one of mobilenet_v1, other or a file of layers, got 'alexnet'",
+            "a file of layers or a layer, got 'alexnet'",
         ),
         (["bench", "--batch", "0"], "must be a whole number from 1, got '0'"),
         (["bench", "--layout", "chwn"], "invalid choice: 'chwn'"),
+        (["bench", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["bench", "--device", "tpu"], "invalid choice: 'tpu'"),
+        (["bench", "--phase", "sideways"], "invalid choice: 'sideways'"),
+        (["bench", "--against", "torch,tvm"], "must be some of torch, compile, naive, onnxruntime"),
+        (["bench", "--layer", "vgg"], "must be a layer such as"),
+        (["bench", "--layer", SMALL, "--network", "other"], "not allowed with argument"),
         (["replay", "c=3"], "missing in 'c=3'"),
         (["replay", "c=3 h=2 w=2 k=1 kh=3 kw=3"], "the case has no output"),
         (["replay", "c=3 h=2 w=2 k=1 kh=3 kw=3 q=1"], "got 'q=1'"),
@@ -152,6 +160,77 @@ def test_wrong_arguments(arguments, message, capsys):
         main(arguments)
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "999"], "threads must be at most the"),
+        (
+            ["--device", "cpu", "--dtype", "float16"],
+            "dtype float16 is measured on cuda, and the device is cpu",
+        ),
+        (["--whole", "--network", "other"], "network must be one of mobilenet_v1, mobilenet_v2"),
+        (["--whole", "--phase", "training"], "a network in one piece is measured in the forward pass"),
+        (["--plot", "result.jpg"], "plot must end in .pdf, .png, .svg, got 'result.jpg'"),
+        (
+            ["--json", "nowhere/result.json"],
+            "nowhere/result.json cannot be written: there is no folder nowhere",
+        ),
+        (["--json", "--csv"], "json and csv cannot both be written to -"),
+    ],
+)
+def test_arguments_that_do_not_go_together(arguments, message, capsys, tmp_path, monkeypatch):
+    """One sentence, before anything is measured or written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "measure", None)
+    assert main(["bench", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+    assert not list(tmp_path.iterdir())
+
+
+@needs_native
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(capsys):
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err == "fastsep: device is cuda, but torch finds no GPU here\n"
+
+
+def test_a_runtime_that_is_not_there(capsys, monkeypatch):
+    monkeypatch.setattr(command.peers, "version", lambda name: None)
+    with pytest.raises(SystemExit) as exit_:
+        main(["bench", "--against", "onnxruntime"])
+    assert exit_.value.code == 2
+    assert 'which is not installed: pip install ".[peers]"' in capsys.readouterr().err
+
+
+@needs_native
+def test_bench_writes_files(tmp_path, capsys, monkeypatch):
+    """All of one measurement; the table is printed beside them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machine, "measure_bandwidth", lambda device: 1e9)
+    files = ["--json", "a.json", "--csv", "a.csv", "--plot", "a.png"]
+    assert main(["bench", "--layer", SMALL, "--phase", "training", "--seconds", "0", *files]) == 0
+    assert "speedup" in capsys.readouterr().out
+    report = Report.from_json(json.loads((tmp_path / "a.json").read_text()))
+    assert (report.phase, report.network) == ("training", "small")
+    assert (tmp_path / "a.csv").read_text() == report.to_csv()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", "a.csv", "a.png"}
+
+
+@needs_native
+def test_bench_of_a_whole_network(capsys):
+    assert main(["bench", "--whole", "--seconds", "0", "--json"]) == 0
+    report = Report.from_json(json.loads(capsys.readouterr().out))
+    (row,) = report.rows
+    assert {"torch nchw", "torch nhwc", "eager"} <= set(row.times)
+    assert ("fastsep" in row.times) == hasattr(fastsep, "optimize")
+    assert ("fastsep" in row.times) != any("optimize()" in remark for remark in report.remarks)
 
 
 @needs_native

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from commands import run
 
 from fastsep import _native
@@ -38,3 +39,16 @@ def test_peak_is_plausible(isa: str, dtype: int) -> None:
     """At least one scalar multiply-add a nanosecond, and no more than 64 float64 FMAs a nanosecond."""
     peak = _native.core.fma_peak(isa, dtype, 0.01)
     assert 5e8 < peak < 2e12
+
+
+def test_memory_bandwidth_is_plausible(threads: None) -> None:
+    """More than a hard disk, less than sixteen channels of memory."""
+    torch.set_num_threads(1)
+    assert 2e8 < _native.core.memory_bandwidth(64 << 20, 0.05) < 2e12
+    torch.set_num_threads(2)
+    assert 2e8 < _native.core.memory_bandwidth(64 << 20, 0.05) < 2e12
+
+
+def test_memory_bandwidth_of_too_little() -> None:
+    with pytest.raises(ValueError, match="workspace"):
+        _native.core.memory_bandwidth(1000, 0.05)

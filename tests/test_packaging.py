@@ -172,7 +172,7 @@ def commands(document):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", commands("README.md"))
+@pytest.mark.parametrize("command", commands("README.md") + commands("benchmarks/README.md"))
 def test_each_command_of_the_readme_runs(command):
     runners = [ROOT / ".ci" / "run", ROOT / "tests" / "test_examples.py"]
     if not any(command in path.read_text(encoding="utf-8") for path in runners):
@@ -194,7 +194,10 @@ def test_the_examples_of_the_readme():
 
 
 def test_files_named_in_the_documents_exist():
-    text = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md"))
+    text = "".join(
+        (ROOT / name).read_text(encoding="utf-8")
+        for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")
+    )
     names = set(re.findall(r"`((?:csrc|fastsep|tests|benchmarks|examples|\.ci)/[\w./]+)`", text))
     assert names
     assert [name for name in names if not Path(ROOT, name).exists()] == []

@@ -1,11 +1,12 @@
-"""python -m fastsep bench: fastsep against torch's own convolutions, on this machine."""
+"""python -m fastsep bench: fastsep against torch's own convolutions and other runtimes, on this machine."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
+import shlex
 import sys
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,80 +14,221 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from .. import __version__, _native
-from .._case import LAYOUTS, Case, format_case
+from .. import _native
+from .._case import DTYPES, LAYOUTS, Case, format_case
+from . import contenders, networks, peers, plot
 from .arguments import checked, count
-from .compare import candidates, verify
 from .engine import race
-from .layers import load, names
-from .report import Report, Row, show
+from .layers import PHASES, Network, load, names, phase_operations, traffic
+from .machine import Load, cores, device_name, fixed_threads, measure_bandwidth, measure_peak, versions
+from .report import Report, Row, write_whole
+from .table import show
+
+DEVICES = ["cpu", "cuda"]
+
+
+@checked
+def against(text: str) -> list[str]:
+    """A list of contenders."""
+    named = text.split(",")
+    for name in named:
+        if name not in contenders.AGAINST:
+            raise ValueError(
+                f"must be some of {', '.join(contenders.AGAINST)} with commas between, got {name!r}"
+            )
+        if name in peers.RUNTIMES and (reason := peers.missing(name)):
+            raise ValueError(reason)
+    return named
+
+
+@checked
+def layer(line: str) -> Network:
+    """One layer."""
+    if "=" not in line:
+        raise ValueError(
+            f'must be a layer such as "c=32 h=56 w=56 k=64 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1", got {line!r}'
+        )
+    return load(line)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
         "--network",
         type=checked(load),
         default="mobilenet_v1",
         help=f"{', '.join(names())} (default: %(default)s), or a file of layers",
     )
+    what.add_argument("--layer", type=layer, help="a layer, written as those of benchmarks/shapes are")
+    parser.add_argument("--whole", action="store_true", help="the network in one piece, for inference")
+    parser.add_argument("--phase", choices=PHASES, default="forward", help=phases())
+    parser.add_argument(
+        "--against",
+        type=against,
+        default=["torch"],
+        metavar="NAMES",
+        help=f"some of {','.join(contenders.AGAINST)}; torch always takes part (default: torch)",
+    )
     parser.add_argument("--batch", type=count, default=1, help="images (default: %(default)s)")
-    parser.add_argument("--threads", type=count, default=1, help="torch's threads (default: %(default)s)")
+    parser.add_argument("--threads", type=count, default=1, help="of each contender (default: %(default)s)")
     parser.add_argument(
         "--layout", choices=list(LAYOUTS), default="nhwc", help="fastsep's (default: %(default)s)"
     )
     parser.add_argument(
+        "--dtype",
+        choices=["float32", "float64", "float16", "bfloat16"],
+        default="float32",
+        help="(default: %(default)s)",
+    )
+    parser.add_argument("--device", choices=DEVICES, help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument(
         "--seconds", type=float, default=25.0, help="to measure for, in all (default: %(default)s)"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="write JSON, instead of the table"
+    )
+    parser.add_argument("--csv", nargs="?", const="-", metavar="FILE", help="write CSV, instead of the table")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result: .png, .svg or .pdf")
+
+
+def phases() -> str:
+    return "; ".join(f"{name}: {text}" for name, text in PHASES.items()) + " (default: %(default)s)"
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0, or 1 where fastsep and torch disagree or there is nothing to measure."""
+    """0; 1 where contenders disagree or nothing can be measured; 2 where the arguments do not go together."""
     if _native.core is None:
         print(f"fastsep: the native module is missing: {_native.missing}", file=sys.stderr)
         return 1
-    batch, threads, layout = arguments.batch, arguments.threads, arguments.layout
-    network, layers = arguments.network
-    cases = [replace(case, n=batch, layout=layout) for case in layers]
-    isa = _native.core.best_isa()
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with torch.inference_mode():
-            rows = [
-                measure(case, isa, threads, arguments.seconds / len(cases))
-                for case in track(cases, "measuring", console=Console(stderr=True), transient=True)
-            ]
-    except ArithmeticError as error:
+        check(arguments)
+        with Load() as load, fixed_threads(arguments.threads):
+            report = measure(arguments)
+    except ValueError as error:
+        print(f"fastsep: {error}", file=sys.stderr)
+        return 2
+    except (ArithmeticError, RuntimeError) as error:
         print(f"fastsep: {error}", file=sys.stderr)
         return 1
-    finally:
-        torch.set_num_threads(before)
-    versions = {"fastsep": __version__, "torch": torch.__version__}
-    report = Report(network, batch, threads, layout, isa, processor(), versions, rows)
-    if arguments.json:
-        print(json.dumps(report.to_json(), indent=1))
-    else:
-        console = Console()
-        if not console.is_terminal:
-            console.width = 100
-        show(report, console)
+    write(replace(report, remarks=[*report.remarks, *load.doubts]), arguments)
     return 0
 
 
-def measure(case: Case, isa: str, threads: int, seconds: float) -> Row:
+def check(arguments: argparse.Namespace) -> None:
+    """ValueError, before anything is measured, where something is asked for that cannot be."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but torch finds no GPU here")
+    if arguments.device == "cpu" and DTYPES[arguments.dtype] not in _native.DTYPES:
+        raise ValueError(f"dtype {arguments.dtype} is measured on cuda, and the device is cpu")
+    if arguments.threads > cores():
+        raise ValueError(f"threads must be at most the {cores()} processors here, got {arguments.threads}")
+    if arguments.whole:
+        if arguments.phase != "forward" or arguments.dtype != "float32":
+            raise ValueError("a network in one piece is measured in the forward pass and in float32")
+        arguments.module = networks.build((arguments.layer or arguments.network).name)
+    if arguments.json and arguments.csv and arguments.json == arguments.csv:
+        raise ValueError(f"json and csv cannot both be written to {arguments.json}")
+    for path in (arguments.json, arguments.csv, arguments.plot):
+        if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}")
+    if arguments.plot:
+        plot.check(arguments.plot)
+
+
+def measure(arguments: argparse.Namespace) -> Report:
+    network: Network = arguments.layer or arguments.network
+    isa = _native.core.best_isa() if arguments.device == "cpu" else ""
+    bandwidth = measure_bandwidth(arguments.device)
+    remarks: dict[str, None] = {}
+    if arguments.whole:
+        rows = [measure_whole(arguments, network.name, isa, remarks)]
+    else:
+        rows = measure_layers(arguments, network, isa, remarks)
+    found = versions(arguments.device)
+    found |= {r: str(peers.version(peers.RUNTIMES[r][0])) for r in arguments.against if r in peers.RUNTIMES}
+    asked = (
+        arguments.phase,
+        arguments.batch,
+        arguments.threads,
+        arguments.layout,
+        arguments.dtype,
+        arguments.device,
+    )
+    command = shlex.join(["python", "-m", "fastsep", *sys.argv[1:]])
+    return Report(
+        *(network.name, arguments.whole, *asked, isa, device_name(arguments.device), found, bandwidth, rows),
+        command=command,
+        remarks=list(remarks),
+    )
+
+
+def measure_layers(
+    arguments: argparse.Namespace, network: Network, isa: str, remarks: dict[str, None]
+) -> list[Row]:
+    cases = [
+        replace(case, n=arguments.batch, layout=arguments.layout, dtype=arguments.dtype)
+        for case in network.layers
+    ]
+    seconds = arguments.seconds / len(cases)
+    names = [f"layer{index}" for index in range(1, len(cases) + 1)]
+    return [
+        measure_layer(replace(case, name=case.name or name), arguments, isa, seconds, remarks)
+        for case, name in zip(_progress(cases), names, strict=True)
+    ]
+
+
+def measure_layer(
+    case: Case, arguments: argparse.Namespace, isa: str, seconds: float, remarks: dict[str, None]
+) -> Row:
     """Checks a layer, then times it; the peak is taken beside it, as clocks change with load and heat."""
-    runs = candidates(case)
-    verify(case, runs)
-    peak = _native.core.fma_peak(isa, case.problem[16], 0.05) * threads
-    return Row(format_case(case), race(runs, seconds=seconds), peak)
+    phase, device, threads = arguments.phase, arguments.device, arguments.threads
+    for name in ["fastsep", *arguments.against]:
+        if reason := contenders.unavailable(name, case, phase, device):
+            remarks[reason] = None
+    with contenders.context(phase), ExitStack() as stack:
+        task = contenders.Task.of(case, phase, device, threads)
+        subjects = contenders.build(task, arguments.against, stack)
+        contenders.verify(task, subjects)
+        peak = measure_peak(device, isa, case.dtype, threads)
+        times = race({name: subject.contender for name, subject in subjects.items()}, seconds=seconds)
+    moved = traffic(case, phase) if task.is_cold else 0
+    return Row(case.name, format_case(case), times, phase_operations(case, phase), moved, peak)
 
 
-def processor() -> str:
-    """The processor's name, as the operating system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
+def measure_whole(arguments: argparse.Namespace, name: str, isa: str, remarks: dict[str, None]) -> Row:
+    device, threads = arguments.device, arguments.threads
+    for contender in ["fastsep", *arguments.against]:
+        if reason := networks.unavailable(contender, arguments.batch, device):
+            remarks[reason] = None
+    network = arguments.module.to(device)
+    x = torch.randn(arguments.batch, 3, networks.SIZE, networks.SIZE, device=device)
+    with ExitStack() as stack:
+        subjects = networks.subjects(network, x, arguments.against, threads, device, stack)
+        with torch.inference_mode():
+            networks.verify(subjects)
+            peak = measure_peak(device, isa, "float32", threads)
+            times = race({n: subject.contender for n, subject in subjects.items()}, seconds=arguments.seconds)
+    return Row(name, "", times, networks.operations(network, x), 0, peak)
+
+
+def _progress(cases: list[Case]) -> list[Case]:
+    console = Console(stderr=True)
+    return track(cases, "measuring", console=console, transient=True)  # type: ignore[return-value]
+
+
+def write(report: Report, arguments: argparse.Namespace) -> None:
+    """The table, or what was asked for instead of it."""
+    texts = {arguments.json: json.dumps(report.to_json(), indent=1) + "\n", arguments.csv: report.to_csv()}
+    for target, text in texts.items():
+        if target == "-":
+            print(text, end="")
+        elif target:
+            write_whole(Path(target), text)
+    if arguments.plot:
+        write_whole(arguments.plot, plot.draw(report, arguments.plot.suffix[1:]))
+    if "-" not in (arguments.json, arguments.csv):
+        console = Console()
+        if not console.is_terminal:
+            console.width = 100 + 20 * max(0, len(report.contenders) - 3)
+        show(report, console)

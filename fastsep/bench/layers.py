@@ -5,9 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from .._case import Case, parse_case
+from .._case import DTYPES, Case, parse_case
 
 SHAPES = Path(__file__).with_name("shapes")
+# What of a layer is measured: the gradients are those that a layer within a network needs, the input's too.
+PHASES = {
+    "forward": "inference",
+    "training": "forward and backward",
+    "input-gradient": "backward, for the input alone",
+    "weight-gradient": "backward, for weights and biases alone",
+}
 
 
 class Network(NamedTuple):
@@ -21,21 +28,27 @@ def names() -> list[str]:
 
 
 def load(network: str) -> Network:
-    """One of names(), or a file; ValueError where there is none or a line of it is wrong."""
+    """One of names(), a file, or a line that is a layer itself; ValueError where it is none of them."""
+    if "=" in network:
+        layer = parse_case(network)
+        return Network(layer.name or "layer", [layer])
     path = SHAPES / f"{network}.txt" if network in names() else Path(network)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         known = ", ".join(names())
         raise ValueError(
-            f"must be one of {known} or a file of layers, got {network!r}: {error.strerror}"
+            f"must be one of {known}, a file of layers or a layer, got {network!r}: {error.strerror}"
         ) from None
     layers = [parse_case(line) for line in lines if line.split("#")[0].strip()]
     if not layers:
         raise ValueError(f"{path} holds no layers")
-    if any(case.k == 0 for case in layers):
-        raise ValueError(f"{path} holds a depthwise half alone, k=0, which is not compared")
     return Network(path.stem, layers)
+
+
+def distinct(layers: list[Case]) -> list[Case]:
+    """The first of each that differ in more than their name, in their order."""
+    return list({(case.problem, case.db, case.b): case for case in reversed(layers)}.values())[::-1]
 
 
 def operations(case: Case) -> int:
@@ -46,3 +59,36 @@ def operations(case: Case) -> int:
 def backward_operations(case: Case) -> int:
     """Those of all gradients: of two for each half, and of the depthwise half's result, computed again."""
     return 2 * case.n * case.oh * case.ow * case.c * case.m * (3 * case.kh * case.kw + 2 * case.k)
+
+
+def phase_operations(case: Case, phase: str) -> int:
+    """What a phase takes, for fastsep, which computes the depthwise half again where it needs it."""
+    inner = 2 * case.n * case.oh * case.ow * case.c * case.m
+    depthwise, pointwise = inner * case.kh * case.kw, inner * case.k
+    if not case.k:  # the depthwise half alone has nothing to compute again
+        return depthwise * (3 if phase == "training" else 1)
+    return {
+        "forward": depthwise + pointwise,
+        "training": operations(case) + backward_operations(case),
+        "input-gradient": depthwise + pointwise,
+        "weight-gradient": 2 * depthwise + 2 * pointwise,
+    }[phase]
+
+
+def sizes(case: Case) -> tuple[int, int, int]:
+    """Bytes of the input, of the output, and of weights and biases."""
+    inner, item = case.c * case.m, DTYPES[case.dtype].itemsize
+    weights = inner * (case.kh * case.kw + case.k + case.db) + case.k * case.b
+    elements = case.c * case.h * case.w, (case.k or inner) * case.oh * case.ow
+    return item * case.n * elements[0], item * case.n * elements[1], item * weights
+
+
+def traffic(case: Case, phase: str) -> int:
+    """Bytes that a phase moves at least: each tensor that it has been given, or makes, once."""
+    x, y, weights = sizes(case)
+    return {
+        "forward": x + y + weights,
+        "training": 3 * x + 2 * y + 3 * weights,
+        "input-gradient": 2 * x + y + weights,
+        "weight-gradient": x + y + 2 * weights,
+    }[phase]

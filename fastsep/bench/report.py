@@ -1,144 +1,217 @@
-"""The result of a comparison: what is kept as JSON, and the table that people read."""
+"""The result of a comparison, and what is kept of it as JSON and CSV."""
 
 from __future__ import annotations
 
-import statistics
-from dataclasses import asdict, dataclass
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from .._case import Case, parse_case
-from .engine import WIDE_SPREAD, Timing, geometric_mean
-from .layers import operations
+from .engine import Timing, doubts, geometric_mean
+from .machine import Roof
+
+# Of the files. A change of their meaning is another number.
+FORMAT = 2
 
 
 @dataclass(frozen=True)
 class Row:
-    """One layer."""
+    """One layer, or a network in one piece."""
 
-    line: str  # the case
-    times: dict[str, Timing]  # of compare.candidates()
-    peak: float  # floating-point operations per second that the threads in use could do
+    name: str
+    line: str  # the case; empty for a whole network
+    times: dict[str, Timing]  # of each contender
+    operations: float  # that fastsep takes
+    bytes: float  # moved past the caches; 0 where they hold all
+    peak: float  # operations per second that the threads in use could do
 
     @property
-    def case(self) -> Case:
-        return parse_case(self.line)
+    def case(self) -> Case | None:
+        return parse_case(self.line) if self.line else None
 
     @property
     def torch_layout(self) -> str:
         """The layout in which torch is faster."""
         return min(("nchw", "nhwc"), key=lambda layout: self.times[f"torch {layout}"].median)
 
-    @property
-    def torch(self) -> Timing:
-        return self.times[f"torch {self.torch_layout}"]
+    def time(self, name: str) -> Timing | None:
+        """Of a contender; "torch" is the one in the layout that is faster."""
+        return self.times.get(f"torch {self.torch_layout}" if name == "torch" else name)
 
-    @property
-    def speedup(self) -> float:
-        return self.torch.median / self.times["fastsep"].median
+    def speedup(self, over: str = "torch") -> float | None:
+        fastsep, other = self.time("fastsep"), self.time(over)
+        return other.median / fastsep.median if fastsep and other else None
 
-    @property
-    def share_of_peak(self) -> float:
-        return operations(self.case) / self.times["fastsep"].median / self.peak
+    def share_of_peak(self, name: str = "fastsep") -> float | None:
+        """Of what multiply-add units could do that had nothing else to do."""
+        timing = self.time(name)
+        return self.operations / timing.median / self.peak if timing else None
+
+    def share_of_roof(self, bandwidth: float | None, name: str = "fastsep") -> float | None:
+        """Of the least time that arithmetic, or memory where no cache holds the tensors, leaves possible."""
+        timing = self.time(name)
+        return self.roof(bandwidth) / timing.median if timing else None
+
+    def roof(self, bandwidth: float | None) -> float:
+        """That least time in seconds."""
+        if bandwidth is None:
+            return self.operations / self.peak
+        return Roof(self.peak, bandwidth).seconds(self.operations, self.bytes)
 
 
 @dataclass(frozen=True)
 class Report:
     network: str
+    whole: bool  # in one piece instead of layer by layer
+    phase: str
     batch: int
     threads: int
     layout: str  # of fastsep; torch's is the better one for each layer
+    dtype: str
+    device: str
     isa: str
     machine: str
     versions: dict[str, str]
+    bandwidth: float | None  # bytes per second; None where it was not measured
     rows: list[Row]
-
-    def total(self, name: str) -> float:
-        """Seconds for all layers."""
-        return sum(row.torch.median if name == "torch" else row.times[name].median for row in self.rows)
-
-    @property
-    def geometric_mean(self) -> float:
-        return geometric_mean(row.speedup for row in self.rows)
+    command: str = ""
+    remarks: list[str] = field(
+        default_factory=list
+    )  # who could not take part, and what disturbed the measurement
+    format: int = FORMAT
 
     @property
-    def share_of_peak(self) -> float:
-        return sum(operations(row.case) / row.peak for row in self.rows) / self.total("fastsep")
+    def contenders(self) -> list[str]:
+        """All that took part, in their order; torch once."""
+        found = dict.fromkeys(name for row in self.rows for name in row.times)
+        return list(dict.fromkeys("torch" if name.startswith("torch ") else name for name in found))
+
+    def total(self, name: str) -> float | None:
+        """Seconds for all layers; None where a contender did not take part in all."""
+        times = [row.time(name) for row in self.rows]
+        return sum(timing.median for timing in times if timing) if all(times) else None
+
+    def mean_speedup(self, over: str = "torch") -> float | None:
+        """The geometric mean over the layers; None where one of the two did not take part in all."""
+        speedups = [row.speedup(over) for row in self.rows]
+        return None if None in speedups else geometric_mean(s for s in speedups if s)
 
     @property
-    def title(self) -> str:
-        """What was measured, on what."""
-        threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
-        peak = statistics.median(row.peak for row in self.rows) / 1e9
-        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return (
-            f"{self.network}, batch {self.batch}, {self.rows[0].case.dtype}, {self.layout}, {threads}\n"
-            f"{self.machine}, {self.isa}, peak {peak:.0f} GFLOP/s; {versions}"
-        )
+    def share_of_peak(self) -> float | None:
+        total = self.total("fastsep")
+        return sum(row.operations / row.peak for row in self.rows) / total if total else None
+
+    @property
+    def share_of_roof(self) -> float | None:
+        total = self.total("fastsep")
+        return sum(row.roof(self.bandwidth) for row in self.rows) / total if total else None
 
     @property
     def warnings(self) -> list[str]:
-        wide = [
-            f"{row.case.name or row.line} ({name}, {timing.spread:.0%})"
+        """Why the times are not to be trusted: the worst of them, by name."""
+        found = [
+            (row, name, why)
             for row in self.rows
-            for name, timing in (("fastsep", row.times["fastsep"]), ("torch", row.torch))
-            if timing.spread > WIDE_SPREAD
+            for name in self.contenders
+            for why in self._doubts(row, name)
         ]
-        if not wide:
+        if not found:
             return []
-        return [f"the machine was busy, these times vary: {', '.join(wide)}. Measure again when it is idle."]
+        worst = [f"{row.name}: {name} {why}" for row, name, why in sorted(found, key=self._severity)[:3]]
+        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
+        return [f"measure again when the machine is idle; {'; '.join(worst)}{more}"]
+
+    def _severity(self, found: tuple[Row, str, str]) -> float:
+        timing = found[0].time(found[1])
+        return -timing.spread if timing else 0.0
+
+    def _doubts(self, row: Row, name: str) -> list[str]:
+        timing = row.time(name)
+        return doubts(timing, self.threads) if timing and self.device == "cpu" else []
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        return {"format": values.pop("format"), **values}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Report:
+    def from_json(cls, values: Any) -> Report:
+        """ValueError where it is no result, or one of another version."""
+        version = values.get("format", 1) if isinstance(values, dict) and "rows" in values else None
+        if version is None:
+            raise ValueError("is no result of python -m fastsep bench --json")
+        if version != FORMAT:
+            raise ValueError(f"is a result of format {version}, this version reads format {FORMAT}")
+        given = {f.name for f in fields(cls)} & set(values)
         rows = [
-            Row(row["line"], {name: Timing(**timing) for name, timing in row["times"].items()}, row["peak"])
+            Row(**(row | {"times": {name: Timing(**timing) for name, timing in row["times"].items()}}))
             for row in values["rows"]
         ]
-        return cls(**(values | {"rows": rows}))
+        return cls(**({name: values[name] for name in given} | {"rows": rows}))
 
-
-def show(report: Report, console: Console) -> None:
-    table = Table(
-        title=report.title, box=box.SIMPLE_HEAD, show_footer=True, pad_edge=False, padding=(0, 1, 0, 0)
-    )
-    torch, fastsep, unfrozen = (report.total(name) * 1e3 for name in ("torch", "fastsep", "unfrozen"))
-    for header, footer in (
-        *(("layer", "sum"), ("shape", "")),
-        *(("torch", f"{torch:.3f}"), ("\u00b1%", ""), ("layout", "")),
-        *(("fastsep", f"{fastsep:.3f}"), ("\u00b1%", "")),
-        *(("speedup", f"{torch / fastsep:.2f}"), ("of peak", f"{report.share_of_peak:.1%}")),
-    ):
-        left = header in ("layer", "shape", "layout")
-        table.add_column(header, footer, justify="left" if left else "right", no_wrap=True)
-    for index, row in enumerate(report.rows, 1):
-        case = row.case
-        table.add_row(
-            case.name or str(index),
-            f"{case.c}\u00d7{case.h}\u00d7{case.w}\u2192{case.k}",
-            *(milliseconds(row.torch), half_spread(row.torch), row.torch_layout),
-            *(milliseconds(row.times["fastsep"]), half_spread(row.times["fastsep"])),
-            *(f"{row.speedup:.2f}", f"{row.share_of_peak:.1%}"),
+    def to_csv(self) -> str:
+        """A line for each layer and contender."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        heads = (
+            "network phase batch threads dtype device isa layer contender median_s low_s high_s rounds cores"
         )
-    console.print(table)
-    for line in (
-        f"Geometric mean of the speedups: {report.geometric_mean:.2f}.",
-        f"fastsep: frozen layers, {report.layout}; with weights packed at each call {unfrozen:.3f} ms.",
-        "torch: its two convolutions and in-place activations, in the layout that is faster.",
-        "Median milliseconds, half the interquartile range, and the share of what FMA units alone can do.",
-        *(f"[yellow]Warning:[/] {warning}" for warning in report.warnings),
-    ):
-        console.print(line, highlight=False)
+        writer.writerow(
+            [*heads.split(), "gflops_per_s", "gbytes_per_s", "share_of_peak", "share_of_roof", "case"]
+        )
+        what = self.network, self.phase, self.batch, self.threads, self.dtype, self.device, self.isa
+        for row in self.rows:
+            for name, t in row.times.items():
+                rates = row.operations / t.median / 1e9, row.bytes / t.median / 1e9
+                shares = row.share_of_peak(name), row.share_of_roof(self.bandwidth, name)
+                numbers = t.median, t.low, t.high, t.rounds, t.cores
+                writer.writerow([*what, row.name, name, *numbers, *rates, *shares, row.line])
+        return text.getvalue()
 
 
-def milliseconds(timing: Timing) -> str:
-    return f"{timing.median * 1e3:.3f}"
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Writes a file all at once: what was there before stays until then."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, name = tempfile.mkstemp(dir=path.parent or ".", prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
 
 
-def half_spread(timing: Timing) -> str:
-    return f"[dim]{timing.spread * 50:.1f}[/]"
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def title(report: Report) -> tuple[str, str]:
+    """What was measured, and on what."""
+    threads = "1 thread" if report.threads == 1 else f"{report.threads} threads"
+    whole = " in one piece" if report.whole else ""
+    where = threads if report.device == "cpu" else report.device
+    what = f"{report.network}{whole}, {report.phase}, batch {report.batch}"
+    return (
+        f"{what}, {report.dtype}, {report.layout}, {where}",
+        f"{report.machine}, {roofs(report)}; {listing(report.versions)}",
+    )
+
+
+def roofs(report: Report) -> str:
+    peaks = sorted(row.peak for row in report.rows)
+    peak = peaks[len(peaks) // 2] / 1e9
+    isa = f"{report.isa}, " if report.isa else ""
+    memory = f", memory {report.bandwidth / 1e9:.0f} GB/s" if report.bandwidth else ""
+    return f"{isa}peak {peak:.0f} GFLOP/s{memory}"
+
+
+def listing(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())

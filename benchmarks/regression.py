@@ -1,0 +1,151 @@
+"""This checkout against an earlier revision: instructions of three layers, and the times of a network.
+
+    python benchmarks/regression.py [REVISION]
+
+REVISION is by default the merge base with main, or the commit before where that is this one. Instructions
+are counted by callgrind, whose counts repeat on the busiest machine: it exits with 1 where they grew by more
+than 3 %. Times are shown beside them; on a shared machine they prove nothing.
+
+callgrind knows no AVX-512, so the kernels counted are those for AVX2. It needs valgrind, cmake, ninja and a
+compiler.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import compare
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parent.parent
+LAYERS = ["block5", "block12", "kernel5_14x512"]
+RUNS = [("forward", "nhwc"), ("forward", "nchw"), ("backward", "nhwc")]
+ALLOWED = 0.03
+ISA = "avx2"
+SECONDS = "8"
+
+
+def git(*arguments: str) -> str:
+    result = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def default_revision() -> str:
+    """Empty where there is none to compare with."""
+    head = git("rev-parse", "HEAD")
+    for main in ("origin/main", "main"):
+        base = git("merge-base", "HEAD", main)
+        if base and base != head:
+            return base
+    return git("rev-parse", "--verify", "HEAD^")
+
+
+def build(source: Path, folder: Path, *, module: bool) -> Path:
+    """The program that runs layers on a checkout's core, and with `module` the checkout's Python module."""
+    configure = ["cmake", "-S", ROOT / "benchmarks" / "instructions", "-B", folder, "-G", "Ninja"]
+    configure += [
+        f"-DFASTSEP_SOURCE={source}",
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    ]
+    # Kernels that callgrind cannot run need not be compiled, unless Python is to be timed with them.
+    configure += ["-DFASTSEP_PYTHON=ON"] if module else ["-DFASTSEP_COMPILES_AVX512=OFF"]
+    for command in (configure, ["cmake", "--build", folder]):
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(
+                f"{source} does not build here:\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
+            )
+    return folder / "fastsep_instructions"
+
+
+def count(program: Path, layer: str, phase: str, layout: str) -> int:
+    """Instructions of one call."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "callgrind"
+        options = ["--tool=callgrind", "--toggle-collect=measured", f"--callgrind-out-file={output}"]
+        subprocess.run(
+            ["valgrind", *options, program, layer, phase, layout],
+            env={**os.environ, "FASTSEP_ISA": ISA},
+            check=True,
+            capture_output=True,
+        )
+        return int(re.search(r"^(?:summary|totals): (\d+)", output.read_text(encoding="utf-8"), re.M)[1])
+
+
+def instructions(before: Path, now: Path, console: Console) -> bool:
+    """Whether none of the layers takes more than it may."""
+    table = Table(title=f"Million instructions, {ISA}, batch 1, 1 thread")
+    for head in ("layer", "before", "now", "change"):
+        table.add_column(head, justify="left" if head == "layer" else "right")
+    passed = True
+    for layer in LAYERS:
+        for phase, layout in RUNS:
+            old, new = (count(program, layer, phase, layout) for program in (before, now))
+            change = new / old - 1
+            passed &= change <= ALLOWED
+            colour = "red" if change > ALLOWED else "green" if change < -ALLOWED else "default"
+            cells = f"{old / 1e6:.2f}", f"{new / 1e6:.2f}", f"[{colour}]{change:+.2%}[/]"
+            table.add_row(f"{layer} {phase} {layout}", *cells)
+    console.print(table)
+    return passed
+
+
+def times(source: Path, folder: Path, console: Console) -> None:
+    """Of the default network, by each checkout's own command, in turn."""
+    files = {}
+    for name, path in (("before", source), ("now", ROOT)):
+        files[name] = folder / f"{name}.json"
+        command = [sys.executable, "-m", "fastsep", "bench", "--json", "--seconds", SECONDS]
+        environment = {**os.environ, "PYTHONPATH": str(path)}
+        with files[name].open("w", encoding="utf-8") as output:
+            subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.DEVNULL)
+    try:
+        compare.show(*(compare.read(path) for path in files.values()), console)
+    except ValueError as error:
+        console.print(f"Times are not compared: {error}.")
+
+
+def main() -> int:
+    console = Console(width=100)
+    revision = sys.argv[1] if len(sys.argv) > 1 else default_revision()
+    if not revision:
+        console.print("There is no earlier revision here to compare with.")
+        return 0
+    full = git("rev-parse", "--verify", f"{revision}^{{commit}}")
+    if not full:
+        print(f"revision must be a commit of this repository, got {revision!r}", file=sys.stderr)
+        return 2
+    for tool in ("valgrind", "cmake", "ninja"):
+        if shutil.which(tool) is None:
+            print(
+                f"{tool} was not found: install it (Debian, Ubuntu: apt-get install {tool})", file=sys.stderr
+            )
+            return 2
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = folder / "before"
+        source.mkdir()
+        archive = subprocess.run(["git", "archive", full], cwd=ROOT, check=True, capture_output=True).stdout
+        subprocess.run(["tar", "-x", "-C", source], input=archive, check=True)
+        console.print(f"Compared with {git('log', '-1', '--format=%h %s', full)}")
+        try:
+            before = build(source, folder / "build_before", module=True)
+        except RuntimeError as error:  # another contract, which this program does not know
+            console.print(f"Not compared: {error}", markup=False)
+            return 0
+        now = build(ROOT, folder / "build_now", module=False)
+        passed = instructions(before, now, console)
+        times(source, folder, console)
+    if not passed:
+        console.print(f"Instructions grew by more than {ALLOWED:.0%}.")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""A training step of a network's separable layers in a row: time and memory, fastsep against torch.
+
+    python benchmarks/training_step.py mobilenet_v1 --batch 32
+    python benchmarks/training_step.py xception_71 --batch 8
+
+A step is forward, backward, and an update by SGD. Between layers of different size lies a max-pool, between
+the halves of a layer an activation and no norm: fastsep keeps a layer's input, torch also what lies between.
+
+Times are those of steps that take turns in one process. Memory is the largest resident set during three
+steps, less that before the first, each contender in a process of its own. The system's count is taken rather
+than torch's profiler because the workspaces of oneDNN and of fastsep do not come from torch's allocator.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from fastsep._case import LAYOUTS, Case
+from fastsep.bench.arguments import checked, count
+from fastsep.bench.baselines import two_modules
+from fastsep.bench.contenders import layer
+from fastsep.bench.engine import Local, Race
+from fastsep.bench.layers import load, phase_operations
+from fastsep.bench.machine import Load, fixed_threads, measure_peak
+
+CONTENDERS = ["fastsep nhwc", "fastsep nchw", "torch nhwc", "torch nchw"]
+STEPS = 3  # of which the peak is taken: the second finds what the first left behind
+
+
+def body(cases: list[Case], library: str) -> nn.Sequential:
+    """The layers with weights that keep the numbers' size."""
+    parts: list[nn.Module] = []
+    for before, case in zip([None, *cases[:-1]], cases, strict=True):
+        if before is not None and (before.oh, before.ow) != (case.h, case.w):
+            parts.append(nn.MaxPool2d(3, stride=2, padding=1))
+        tensors = case.tensors()
+        for name, terms in (("depthwise_weight", case.kh * case.kw), ("pointwise_weight", case.c * case.m)):
+            tensors[name] *= (2 / terms) ** 0.5
+        fused = library == "fastsep"
+        parts.append(layer(case, tensors).train() if fused else two_modules(case, tensors, in_place=True))
+    return nn.Sequential(*parts)
+
+
+class Step:
+    """One training step, again and again."""
+
+    def __init__(self, cases: list[Case], contender: str) -> None:
+        library, layout = contender.split()
+        self.model = body(cases, library).to(memory_format=LAYOUTS[layout])
+        shape = cases[0].n, cases[0].c, cases[0].h, cases[0].w
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        # In a network there is a layer before the first, which needs the gradient of its output.
+        self.x = x.contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-4)
+
+    def backward(self) -> None:
+        self.x.grad = None
+        self.optimizer.zero_grad()
+        self.model(self.x).square().mean().backward()
+
+    def __call__(self) -> None:
+        self.backward()
+        self.optimizer.step()
+
+    def gradients(self) -> list[torch.Tensor]:
+        self.backward()
+        return [self.x.grad, *(parameter.grad for parameter in self.model.parameters())]
+
+
+def verify(steps: dict[str, Step]) -> None:
+    """ArithmeticError where gradients differ by more than rounding does at the activations' bends."""
+    expected = steps["torch nchw"].gradients()
+    names = ["input", *dict(steps["torch nchw"].model.named_parameters())]
+    for contender, step in steps.items():
+        for name, got, exact in zip(names, step.gradients(), expected, strict=True):
+            error = torch.linalg.vector_norm(got - exact) / torch.linalg.vector_norm(exact)
+            if not error < 0.02:
+                raise ArithmeticError(
+                    f"{contender}: the gradient of {name} differs from torch's by {error:.2g}"
+                )
+
+
+def resident(kind: str) -> int:
+    """Bytes: VmRSS, now, or VmHWM, the most since the last reset."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(re.search(rf"{kind}:\s+(\d+) kB", status)[1]) << 10
+
+
+def measure_memory(cases: list[Case], contender: str) -> int:
+    """Bytes that a step takes at its peak beyond model and input. In a fresh process."""
+    small = [replace(case, n=1, h=8, w=8) for case in cases[:1]]
+    Step(small, contender)()  # loads libraries, starts threads
+    step = Step(cases, contender)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak
+    for _ in range(STEPS):
+        step()
+    return resident("VmHWM") - before
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "network", type=checked(load), help="a name of benchmarks/shapes/, or a file of layers"
+    )
+    parser.add_argument("--batch", type=count, default=32, help="images (default: %(default)s)")
+    parser.add_argument("--threads", type=count, default=1, help="(default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="to measure for (default: %(default)s)")
+    parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--memory", choices=CONTENDERS, help=argparse.SUPPRESS)  # a process of its own
+    arguments = parser.parse_args()
+    cases = [replace(case, n=arguments.batch) for case in arguments.network.layers]
+    with fixed_threads(arguments.threads):
+        if arguments.memory:
+            print(measure_memory(cases, arguments.memory))
+            return 0
+        contenders = [name for name in CONTENDERS if name.split()[1] in arguments.layouts]
+        try:
+            result = compare(cases, contenders, arguments)
+        except ArithmeticError as error:
+            print(error, file=sys.stderr)
+            return 1
+    if arguments.json:
+        print(json.dumps(result, indent=1))
+    else:
+        show(result)
+    return 0
+
+
+def compare(cases: list[Case], contenders: list[str], arguments: argparse.Namespace) -> dict:
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory"]
+    memory = {
+        name: int(subprocess.run([*command, name], check=True, stdout=subprocess.PIPE, env=os.environ).stdout)
+        for name in contenders
+    }
+    steps = {name: Step(cases, name) for name in dict.fromkeys(["torch nchw", *contenders])}
+    verify(steps)
+    operations = sum(phase_operations(case, "training") for case in cases)
+    peak = measure_peak("cpu", "", "float32", arguments.threads)
+    with Load() as load:
+        times = Race({name: Local(steps[name]) for name in contenders}).run(arguments.seconds)
+    rows = {
+        name: {
+            "seconds": times[name].median,
+            "spread": times[name].spread,
+            "share_of_peak": operations / times[name].median / peak,
+            "memory": memory[name],
+        }
+        for name in contenders
+    }
+    return {
+        "network": arguments.network.name,
+        "batch": arguments.batch,
+        "threads": arguments.threads,
+        "torch": torch.__version__,
+        "peak": peak,
+        "others": load.others,
+        "rows": rows,
+    }
+
+
+def show(result: dict) -> None:
+    console = Console()
+    threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
+    table = Table(
+        title=f"A training step of {result['network']}'s layers, batch {result['batch']}, {threads}"
+    )
+    for head in ("", "ms", "\u00b1%", "of peak", "MB"):
+        table.add_column(head, justify="right" if head else "left")
+    rows = result["rows"]
+    for name, row in rows.items():
+        spread = f"{row['spread'] * 50:.1f}"
+        share = f"{row['share_of_peak']:.0%}"
+        table.add_row(name, f"{row['seconds'] * 1e3:.1f}", spread, share, f"{row['memory'] / 1e6:.0f}")
+    console.print(table)
+    best = {
+        (library, what): min(row[what] for name, row in rows.items() if name.startswith(library))
+        for library in ("fastsep", "torch")
+        for what in ("seconds", "memory")
+    }
+    faster = best["torch", "seconds"] / best["fastsep", "seconds"]
+    less = 1 - best["fastsep", "memory"] / best["torch", "memory"]
+    console.print(
+        f"fastsep against torch, each in its better layout: {faster:.2f} times as fast, "
+        f"{less:.0%} less memory."
+    )
+    if result["others"] > 0.1:
+        console.print(f"Other programs kept {result['others']:.1f} cores busy meanwhile.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
