@@ -142,8 +142,7 @@ def subjects(
         made[name] = Subject(contender(lambda: call(given)), lambda: [call(given)])
 
     if not unavailable("fastsep", x.shape[0], device):
-        optimize: Any = fastsep.optimize  # type: ignore[attr-defined]
-        local("fastsep", optimize(copy.deepcopy(network), last), last)
+        local("fastsep", fastsep.optimize(copy.deepcopy(network), last), last)
     local("torch nchw", plain, x)
     local("torch nhwc", copy.deepcopy(plain).to(memory_format=torch.channels_last), last)  # type: ignore[call-overload]
     local("eager", network, x)
