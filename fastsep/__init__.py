@@ -5,14 +5,18 @@
 torch.Size([1, 64, 112, 112])
 """
 
+from typing import TYPE_CHECKING
+
 from . import models, reference
-from ._cost import Cost, Machine, cost
 from ._decompositions import decompositions
-from ._optimize import Report, optimize, report, revert
 from ._weights import load_from
 from .depthwise import DepthwiseConv2d
 from .functional import depthwise_conv2d, separable_conv2d
 from .modules import SeparableConv2d
+
+if TYPE_CHECKING:
+    from ._cost import Cost, Machine, cost
+    from ._optimize import Report, optimize, report, revert
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,3 +37,28 @@ __all__ = [
     "revert",
     "separable_conv2d",
 ]
+
+_LATER = {
+    "Cost": "_cost",
+    "Machine": "_cost",
+    "Report": "_optimize",
+    "cost": "_cost",
+    "optimize": "_optimize",
+    "report": "_optimize",
+    "revert": "_optimize",
+}
+
+
+def __getattr__(name: str) -> object:
+    """What works on whole models is imported at its first use: half of the library's import time."""
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f".{_LATER[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
