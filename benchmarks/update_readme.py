@@ -25,13 +25,11 @@ DETAIL = """\
 |---|---|--:|--:|--:|--:|--:|--:|"""
 
 SUMMARY = """\
-| layers | phase | kernels | format | batch | threads | torch, ms | fastsep, ms | unfrozen, ms \
-| speedup | of peak |
+| layers | phase | kernels | format | batch | threads | torch ms | fastsep ms | unfrozen | speedup | of peak |
 |---|---|---|---|--:|--:|--:|--:|--:|--:|--:|"""
 
 STEPS = """\
-| training step of | batch | threads | format | torch, ms | fastsep, ms | speedup | torch, MB \
-| fastsep, MB | less |
+| training step | batch | threads | format | torch ms | fastsep ms | speedup | torch MB | fastsep MB | less |
 |---|--:|--:|---|--:|--:|--:|--:|--:|--:|"""
 
 # Of a whole network, in the order of the table; who took no part in any result is left out.
