@@ -81,8 +81,8 @@ def main() -> None:
         if arguments.save:
             torch.save(module.state_dict(), arguments.save)
     if several:
-        # DistributedDataParallel sits in a reference cycle and holds the group: with it alive, gloo's threads are
-        # torn down at the exit of the interpreter, which aborts one run in eight.
+        # DistributedDataParallel sits in a reference cycle and holds the group: with it alive, gloo's threads
+        # are torn down at the exit of the interpreter, which aborts one run in eight.
         gc.collect()
         dist.destroy_process_group()
 

@@ -16,7 +16,8 @@ from .modules import SeparableConv2d
 
 if TYPE_CHECKING:
     from ._cost import Cost, Machine, cost
-    from ._optimize import Report, optimize, report, revert
+    from ._optimize.api import optimize, report, revert
+    from ._optimize.report import Report
 
 __version__ = "0.1.0"
 __all__ = [
