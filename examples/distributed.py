@@ -45,7 +45,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 def train(steps: int, dtype: torch.dtype, rank: int, world_size: int) -> nn.Module:
     module = network().to(dtype)
     model = DistributedDataParallel(module) if world_size > 1 else module
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+    optimizer = torch.optim.Adam(module.parameters(), lr=0.01)
     for step in range(steps):
         x, labels = batch(step)
         share = slice(rank, None, world_size)

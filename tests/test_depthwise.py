@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 import pickle
 import re
 import subprocess
@@ -489,8 +490,12 @@ def test_lines_are_read_back(case):
     assert (x.shape[1] * case.m, b is not None) == (w.shape[0], bool(case.db))
 
 
-def test_bench_refuses_a_depthwise_half(tmp_path, capsys):
+@pytest.mark.parametrize("phase", ["forward", "training"])
+def test_bench_measures_a_depthwise_half(phase, tmp_path, capsys):
+    """Against the one convolution of torch's, with outputs verified before."""
     (tmp_path / "network.txt").write_text(format_case(half(BY_NAME["both_biases"])))
-    with pytest.raises(SystemExit):
-        main(["bench", "--network", str(tmp_path / "network.txt")])
-    assert "holds a depthwise half alone" in capsys.readouterr().err
+    network = ["--network", str(tmp_path / "network.txt")]
+    assert main(["bench", *network, "--phase", phase, "--seconds", "0.05", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert {"torch nhwc", "torch nchw", "fastsep"} <= row["times"].keys()
+    assert all(times["median"] > 0 for times in row["times"].values())
