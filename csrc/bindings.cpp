@@ -5,12 +5,14 @@
 #include <sys/mman.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -112,10 +114,12 @@ void expect_writes(void* memory, size_t bytes) {
 
 size_t element_size(const Problem& p) { return p.dtype == Dtype::f32 ? 4 : 8; }
 
-void expect_output(const Problem& p, void* output) {
+size_t output_bytes(const Problem& p) {
   const int64_t channels = p.out_channels > 0 ? p.out_channels : p.channels * p.multiplier;
-  expect_writes(output, static_cast<size_t>(p.batch * channels * out_height(p) * out_width(p)) * element_size(p));
+  return static_cast<size_t>(p.batch * channels * out_height(p) * out_width(p)) * element_size(p);
 }
+
+void expect_output(const Problem& p, void* output) { expect_writes(output, output_bytes(p)); }
 
 // Scratch memory of one thread's calls, kept between them: fresh pages would cost a small layer more than its work.
 class Workspace {
@@ -199,6 +203,78 @@ void forward_packed(const py::tuple& fields, const std::string& isa_name, uintpt
   });
 }
 
+// Calls one after the other, each on the result of the one before. What lies between stays in the workspace, which is
+// warm, where fresh tensors would be written to colder memory.
+class Series {
+ public:
+  using Fields = std::tuple<py::tuple, uintptr_t, size_t>;  // a problem, its packed weights and their size
+
+  explicit Series(const std::vector<Fields>& calls) {
+    if (calls.empty()) throw py::value_error("calls is empty, expected at least one");
+    for (const auto& [fields, packed, packed_size] : calls) {
+      const Call call = {to_problem(fields), address(packed), packed_size};
+      if (!calls_.empty() && input_bytes(call.problem) != output_bytes(calls_.back().problem))
+        throw py::value_error("call " + std::to_string(calls_.size()) + " takes " +
+                              std::to_string(input_bytes(call.problem)) + " bytes, but the one before it gives " +
+                              std::to_string(output_bytes(calls_.back().problem)));
+      calls_.push_back(call);
+    }
+    for (size_t i = 0; i + 1 < calls_.size(); ++i) {
+      const size_t next = i + 2 < calls_.size() ? output_bytes(calls_[i + 1].problem) : 0;
+      between_ = std::max(between_, aligned(output_bytes(calls_[i].problem)) + aligned(next));
+    }
+  }
+
+  void run(uintptr_t input, uintptr_t output) const {
+    const Isa isa = fast_isa("");
+    expect_output(calls_.back().problem, mutable_address(output));
+    const auto ask = [&](int threads, size_t* bytes) {
+      size_t largest = 0;
+      for (const Call& call : calls_) {
+        const Status status = workspace_bytes(call.problem, isa, threads, false, bytes);
+        if (status != Status::ok) return status;
+        largest = std::max(largest, *bytes);
+      }
+      *bytes = between_ + aligned(largest);
+      return Status::ok;
+    };
+    run_in_workspace(ask, [&](void* memory, size_t bytes, const Executor& executor) {
+      char* const base = static_cast<char*>(memory);
+      const void* from = address(input);
+      for (size_t i = 0; i < calls_.size(); ++i) {
+        const Call& call = calls_[i];
+        // Results lie at the beginning and at the end in turn, so that none is written over what it is made of.
+        void* to = mutable_address(output);
+        if (i + 1 < calls_.size()) to = i % 2 == 0 ? base : base + between_ - aligned(output_bytes(call.problem));
+        const Status status = forward(call.problem, isa, from, call.packed, call.packed_size, to, base + between_,
+                                      bytes - between_, executor);
+        if (status != Status::ok) return status;
+        from = to;
+      }
+      return Status::ok;
+    });
+    last_isa = isa;
+  }
+
+ private:
+  struct Call {
+    Problem problem;
+    const void* packed;
+    size_t packed_size;
+  };
+
+  static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+  static size_t input_bytes(const Problem& p) {
+    const Expansion& e = p.expand;
+    const int64_t image = e.channels > 0 ? e.channels * e.height * e.width : p.channels * p.height * p.width;
+    return static_cast<size_t>(p.batch * image) * element_size(p);
+  }
+
+  std::vector<Call> calls_;
+  size_t between_ = 0;
+};
+
 void backward_plain(const py::tuple& fields, const std::string& isa_name, uintptr_t input, uintptr_t depthwise_weight,
                     uintptr_t depthwise_bias, uintptr_t pointwise_weight, uintptr_t saved, uintptr_t grad_output,
                     uintptr_t grad_input, uintptr_t grad_depthwise_weight, uintptr_t grad_depthwise_bias,
@@ -248,6 +324,9 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   });
   m.def("thread_pool", [] { return torch_pool_lent() ? "torch" : "own"; });
   m.def("set_num_threads", &set_num_threads);
+  py::class_<Series>(m, "Series")
+      .def(py::init<const std::vector<Series::Fields>&>(), py::arg("calls"))
+      .def("run", &Series::run, py::arg("input"), py::arg("output"));
   m.def("packed_bytes", [](const py::tuple& fields, const std::string& isa) {
     size_t bytes = 0;
     check(packed_bytes(to_problem(fields), fast_isa(isa), &bytes));

@@ -65,6 +65,17 @@ def forward_packed(
 ) -> None:
     """Weights as pack() made them, at a multiple of 64. ValueError where made for another problem or ISA."""
 
+class Series:
+    """Calls of forward_packed() one after the other, each on the result of the one before.
+
+    calls: a problem, the address and the size of its packed weights each. The weights must outlive this.
+
+    ValueError where one takes another number of bytes than the one before gives.
+    """
+
+    def __init__(self, calls: list[tuple[tuple[int, ...], int, int]]) -> None: ...
+    def run(self, input: int, output: int) -> None: ...
+
 def backward(
     problem: tuple[int, ...],
     isa: str,

@@ -7,6 +7,7 @@ operators.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -115,6 +116,25 @@ def compose(
     return y + input if residual else y
 
 
+def native_problem(*args: Any) -> tuple[tuple[int, ...], tuple[int, int, int, int]]:
+    """The 31 integers of a call on a channels-last input (see _core.pyi), and the output's shape.
+
+    RuntimeError that names a misfit.
+    """
+    (input, expand_weight, depthwise_weight), geometry = args[:3], args[7:]
+    shape, plane = output_shape(*args)
+    n, channels, h, w = input.shape
+    inner, _, kh, kw = depthwise_weight.shape
+    e_stride, e_padding, stride, padding, dilation, expand, mid, act, residual = geometry
+    problem = (
+        *(n, inner, *plane, shape[1], 1, kh, kw, *stride, *dilation, *padding),
+        *(_native.DTYPES[input.dtype], 1, ACTIVATIONS[mid].code, ACTIVATIONS[act].code),
+        *(residual, channels, ACTIVATIONS[expand].code, h, w, *expand_weight.shape[2:]),
+        *(*e_stride, e_padding[0], e_padding[2]),
+    )
+    return problem, shape
+
+
 def is_finite(weight: Tensor) -> bool:
     return bool(weight.isfinite().all())
 
@@ -129,29 +149,7 @@ def cpu_kernel(*args: Any) -> Tensor:
     zeros_are_nothing = not patches or packed is not None or is_finite(expand_weight)
     if not (native and zeros_are_nothing and _ops.is_channels_last(input)):
         return _composed_kernel(*args)
-    shape, plane = output_shape(*tensors, *geometry)
-    n, channels, h, w = input.shape
-    inner, _, kh, kw = depthwise_weight.shape
-    e_stride, e_padding, stride, padding, dilation, expand, mid, act, residual = geometry
-    activations = (ACTIVATIONS[name].code for name in (mid, act))
-    problem = (
-        *(
-            n,
-            inner,
-            *plane,
-            shape[1],
-            1,
-            kh,
-            kw,
-            *stride,
-            *dilation,
-            *padding,
-            _native.DTYPES[input.dtype],
-            1,
-        ),
-        *(*activations, residual, channels, ACTIVATIONS[expand].code, h, w, *expand_weight.shape[2:]),
-        *(*e_stride, e_padding[0], e_padding[2]),
-    )
+    problem, shape = native_problem(*tensors, *geometry)
     input = input.contiguous(memory_format=torch.channels_last)
     output = torch.empty(shape, dtype=input.dtype, memory_format=torch.channels_last)
     if _native.own_pool:
@@ -187,6 +185,30 @@ def _autograd_kernel(*args: Any) -> Tensor:
     with below_autograd():
         return op(*args)
 
+
+def _reported(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Prints the line of FASTSEP_VERBOSE; its case is the pair behind the dense convolution."""
+
+    def reported_kernel(*args: Any) -> Tensor:
+        begin = time.perf_counter()
+        y = kernel(*args)
+        tensors, packed, geometry = args[:7], args[7], args[8:]
+        x, expand_weight, depthwise_weight, pointwise_weight, _, depthwise_bias, bias = tensors
+        inner, channels, kh, kw = expand_weight.shape
+        weights = "weights packed for this call" if packed is None else "weights frozen"
+        how = f"behind a {kh} x {kw} convolution of {channels} channels, {weights}"
+        path = _ops.path_of(x.dtype, how) if _ops.is_channels_last(x) else "composition | not channels-last"
+        _, plane = output_shape(*tensors, *geometry)
+        like = torch.empty_strided((len(x), inner, *plane), (0, 1, 0, 0), dtype=x.dtype)
+        pair = like, depthwise_weight, pointwise_weight, depthwise_bias, bias
+        _ops.report(path, begin, pair, (*geometry[2:5], *geometry[6:8]), nhwc=True)
+        return y
+
+    return reported_kernel
+
+
+if _ops.VERBOSE:
+    cpu_kernel = _reported(cpu_kernel)
 
 library.impl("expanded_separable_conv2d", cpu_kernel, "CPU")
 library.impl("expanded_separable_conv2d", _composed_kernel, "CompositeExplicitAutograd")

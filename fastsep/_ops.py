@@ -296,10 +296,12 @@ def _depthwise_flops(_input: Ints, weight: Ints, *_: Any, out_shape: Ints) -> in
     return 2 * math.prod(out_shape) * math.prod(weight[2:])
 
 
-def report(path: str, begin: float, tensors: tuple[Any, ...], geometry: tuple[Any, ...]) -> None:
+def report(
+    path: str, begin: float, tensors: tuple[Any, ...], geometry: tuple[Any, ...], *, nhwc: bool | None = None
+) -> None:
     """A line on stderr: the path taken and why, the time, and the case for `python -m fastsep replay`."""
     milliseconds = (time.perf_counter() - begin) * 1e3
-    case = case_of(*tensors, *geometry, nhwc=is_channels_last(tensors[0]))
+    case = case_of(*tensors, *geometry, nhwc=is_channels_last(tensors[0]) if nhwc is None else nhwc)
     print(f"fastsep: {path} | {milliseconds:.3f} ms | {format_case(case)}", file=sys.stderr, flush=True)
 
 

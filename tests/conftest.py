@@ -10,7 +10,7 @@ from optimizing import Block, made
 
 import fastsep
 from fastsep import _backward, _native, _ops
-from fastsep._optimize import steps
+from fastsep._optimize import series, steps
 
 ISAS = _native.core.isas() if _native.core is not None else []
 
@@ -51,13 +51,18 @@ def native_backward_calls(monkeypatch):
 def native_steps(monkeypatch):
     """The names of the packed steps that ran."""
     calls = []
-    call = steps._PackedStep.__call__
 
-    def watched(self, x):
-        calls.append(self.__name__)
-        return call(self, x)
+    def watch(kind, names):
+        call = kind.__call__
 
-    monkeypatch.setattr(steps._PackedStep, "__call__", watched)
+        def watched(self, x):
+            calls.extend(names(self))
+            return call(self, x)
+
+        monkeypatch.setattr(kind, "__call__", watched)
+
+    watch(steps.PackedStep, lambda step: [step.__name__])
+    watch(series.SeriesStep, lambda step: [link.__name__ for link in step.links])
     return calls
 
 

@@ -116,12 +116,14 @@ def test_verbose_prints_each_step():
     )
     result = run(f'python -c "{program}"', FASTSEP_VERBOSE="1")
     lines = [line for line in result.stderr.splitlines() if line.startswith("fastsep: native")]
-    assert len(lines) == 13, result.stderr
-    assert parse_case(lines[0]).mid == "relu"
+    assert len(lines) == 13 + 2, result.stderr  # the pairs, the mean and the linear layer
+    assert "behind a 3 x 3 convolution of 3 channels, weights frozen" in lines[0]
+    case = parse_case(lines[0])
+    assert (case.c, case.h, case.k, case.mid, case.layout) == (32, 16, 64, "relu", "nhwc")
 
 
 def test_python_does_little():
-    """One call of a Python function for each of the 14 steps, and a few around them."""
+    """All steps are one native call, with a few Python functions around it."""
     optimized = fastsep.optimize(network("mobilenet_v1"))
     x = torch.randn(1, 3, 32, 32)
     calls = []
@@ -133,8 +135,8 @@ def test_python_does_little():
         finally:
             sys.setprofile(None)
     ours = [code.co_name for code in calls if "fastsep" in code.co_filename]
-    assert 14 < len(ours) < 14 + 15, ours
-    assert len(calls) < 14 * 5
+    assert 0 < len(ours) < 15, ours
+    assert len(calls) < 40
 
 
 def test_other_inputs(pair):

@@ -1,8 +1,8 @@
 """fastsep.optimize: finds what the kernels can compute in any nn.Module, and has them compute it.
 
 trace.py makes a graph of a module, chains.py reads its nodes, patterns.py finds what can be fused and says
-why the rest cannot, steps.py and live.py hold what is run instead, rewrite.py puts it into the graph,
-plans.py does all of this in turn, and forward.py takes a module's forward over as long as that is safe.
+why the rest cannot, steps.py, series.py and live.py hold what is run instead, rewrite.py puts it into the
+graph, plans.py does all of this in turn, and forward.py takes a module's forward over as long as that is safe.
 """
 
 from .api import optimize, report, revert

@@ -15,7 +15,7 @@ from .._activations import activation_name
 from ..depthwise import DepthwiseConv2d
 from ..functional import Pads, parse_padding
 from ..modules import SeparableConv2d
-from .trace import why_opaque
+from .trace import IN_PLACE, why_opaque
 
 
 class UnfitError(Exception):
@@ -258,6 +258,17 @@ class Reader:
         if node.target in (F.hardtanh, F.leaky_relu, F.gelu):
             return _function_with_settings(node)
         return None
+
+    def writes(self, node: fx.Node) -> bool:
+        """Whether a node may write to its first argument."""
+        module = self.module(node)
+        if module is not None:
+            return bool(getattr(module, "inplace", False)) or bool(why_opaque(module))
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place or name in (*IN_PLACE, "setitem"):
+            return True
+        return any(value is True for value in (*node.args, *node.kwargs.values()))  # `inplace`, mostly
 
     def is_identity(self, node: fx.Node) -> bool:
         """Whether a node hands its input on as it is."""

@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_map_only
 
 from .._ops import memory_format
+from .series import SeriesStep
 from .trace import inputs_of
 
 _version = attrgetter("_version")
@@ -167,6 +168,11 @@ class _Profiled(fx.Interpreter):
     """Names each step for torch's profiler, which cannot see into native calls."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if isinstance(target, SeriesStep):
+            (result,) = args
+            for step in target.links:
+                result = self.call_function(step, (result,), {})
+            return result
         with torch.profiler.record_function(f"fastsep: {getattr(target, '__name__', target)}"):
             return super().call_function(target, args, kwargs)
 

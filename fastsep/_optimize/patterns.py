@@ -7,8 +7,9 @@ convolution, in order, so that one that takes more nodes in goes before those th
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,20 +20,23 @@ from .. import _native
 from ..modules import SeparableConv2d
 from .chains import Convolution, Reader, UnfitError
 from .live import LiveStep
-from .steps import DenseStep, DepthwiseStep, SeparableStep
+from .series import LinearStep, MeanStep
+from .steps import DenseStep, DepthwiseStep, ExpandedStep, PointwiseStep, SeparableStep
+from .trace import why_opaque
 
 
 @dataclass
 class Match:
     """Nodes, each the only user of the one before, and a step that computes the last from the first's input.
 
-    `convolution` is the first one's; `kind` is what a report says.
+    `convolution` is the first one's, or behind an `expand` the depthwise one; `kind` is what a report says.
     """
 
     nodes: list[fx.Node]
     step: Callable[[Tensor], Tensor]
     kind: str
-    convolution: Convolution
+    convolution: Convolution | None = None
+    expand: Convolution | None = None
 
     @property
     def input(self) -> fx.Node:
@@ -124,6 +128,78 @@ def separable_pair(reader: Reader, node: fx.Node) -> Match | None:
     return Match([*first.nodes, *second.nodes], step, "separable", convolution)
 
 
+# Of the dense convolutions with larger kernels only those on images go before a pair: the product walks the
+# patches of others less well than torch's convolution does.
+_LARGEST_IMAGE = 4
+
+
+def expanded_pair(reader: Reader, node: fx.Node) -> Match | None:
+    """Pointwise -> [norm] -> [activation] -> a separable pair -> [sum with the input].
+
+    Or a dense convolution on an image in the place of the first.
+    """
+    expand = _expansion_before(reader, node)
+    if expand is None:
+        return None
+    pair = separable_pair(reader, node)
+    if pair is None or not isinstance(pair.step, SeparableStep):
+        return None
+    halves = pair.step.halves
+    depthwise, pointwise = halves[0], halves[2]
+    weight = expand.convolution.weight
+    if depthwise.weight.shape[0] != weight.shape[0] or weight.dtype != depthwise.weight.dtype:
+        return None  # a depth multiplier
+    _check_native(expand.convolution, depthwise)
+    nodes, source = [*expand.nodes, *pair.nodes], expand.nodes[0].args[0]
+    residual = None
+    if pointwise.weight.shape[0] == weight.shape[1]:
+        residual = _sum_behind(reader, nodes[-1], source)
+    step = ExpandedStep(expand.convolution, expand.activation, *halves, residual=residual is not None)
+    kind = f"separable behind {expand.convolution.name}"
+    if residual is not None:
+        nodes.append(residual)
+        kind += ", with the sum"
+    return Match(nodes, step, kind, depthwise, expand.convolution)
+
+
+def _expansion_before(reader: Reader, node: fx.Node) -> Tail | None:
+    """The dense convolution whose activated result a node alone reads."""
+    parts = [node]
+    while True:
+        before = parts[-1].args[0] if parts[-1].args else None
+        if not isinstance(before, fx.Node) or len(before.users) != 1 or not _reads_only(parts[-1], before):
+            return None
+        parts.append(before)
+        try:
+            convolution = reader.convolution(before)
+            if convolution is not None:
+                break
+            if not reader.is_identity(before) and not reader.activation(before) and not reader.affine(before):
+                return None
+        except UnfitError:
+            return None
+    weight = convolution.weight
+    small = convolution.is_pointwise or weight.shape[1] <= _LARGEST_IMAGE
+    if convolution.groups != 1 or convolution.dilation != (1, 1) or not small or not weight.isfinite().all():
+        return None
+    expand = tail(reader, convolution, lenient=True)
+    return expand if expand.nodes[-1] is parts[1] else None
+
+
+def _sum_behind(reader: Reader, node: fx.Node, source: Any) -> fx.Node | None:
+    """The sum of a node's result, which nobody else reads, and what `source` computes."""
+    users = list(node.users)
+    if any(reader.writes(user) and user not in users for user in source.users):
+        return None  # it may be another by then
+    if len(users) != 1 or users[0].kwargs or users[0].op != "call_function":
+        return None
+    target, args = users[0].target, users[0].args
+    if target in (operator.add, torch.add) and args in ((node, source), (source, node)):
+        return users[0]
+    # `source += y` writes to what others may read.
+    return users[0] if target is operator.iadd and args == (node, source) else None
+
+
 def _separable_layer(reader: Reader, node: fx.Node, layer: SeparableConv2d) -> Match:
     """The layer, with a norm and an activation behind it."""
     depthwise, mid, pointwise, activation = reader.separable(node, layer)
@@ -206,6 +282,16 @@ def lone_depthwise(reader: Reader, node: fx.Node) -> Match | None:
     return Match(only.nodes, DepthwiseStep(only.convolution, only.activation), "depthwise", convolution)
 
 
+def lone_pointwise(reader: Reader, node: fx.Node) -> Match | None:
+    """Pointwise, of any stride -> [norm] -> [activation]."""
+    convolution = reader.convolution(node)
+    if convolution is None or not replace(convolution, stride=(1, 1)).is_pointwise:
+        return None
+    _check_native(convolution)
+    only = tail(reader, convolution, lenient=True)
+    return Match(only.nodes, PointwiseStep(only.convolution, only.activation), "pointwise", convolution)
+
+
 def dense(reader: Reader, node: fx.Node) -> Match | None:
     """Any other convolution -> [norm] -> [activation], by torch's convolution."""
     convolution = reader.convolution(node)
@@ -222,13 +308,62 @@ def dense(reader: Reader, node: fx.Node) -> Match | None:
     return Match(only.nodes, DenseStep(only.convolution, only.activation), "dense", convolution)
 
 
+def mean_over_plane(reader: Reader, node: fx.Node) -> Match | None:
+    """Global average pooling, as a module, a function or a mean -> [flatten]."""
+    module, given = reader.module(node), node.args[1:]
+    dims: Any = (-2, -1)
+    size: Any = 1
+    keepdim: Any = True
+    if type(module) is nn.AdaptiveAvgPool2d and not why_opaque(module) and not given:
+        size = module.output_size
+    elif node.target is F.adaptive_avg_pool2d and len(given) == 1 and not node.kwargs:
+        (size,) = given
+    elif node.target in (torch.mean, "mean") and len(given) == 1 and node.kwargs.keys() <= {"keepdim"}:
+        (dims,), keepdim = given, node.kwargs.get("keepdim", False)
+    else:
+        return None
+    plane = isinstance(dims, tuple | list) and tuple(dims) in ((2, 3), (-2, -1))
+    if size not in (1, (1, 1), [1, 1]) or not plane or not isinstance(keepdim, bool):
+        return None
+    if _native.core is None or not isinstance(node.args[0], fx.Node):
+        return None
+    nodes = [node]
+    while keepdim and len(users := list(nodes[-1].users)) == 1 and _reads_only(users[0], nodes[-1]):
+        if _flattens(reader, users[0]):
+            keepdim = False
+        elif not reader.is_identity(users[0]):
+            break
+        nodes.append(users[0])
+    return Match(nodes, MeanStep(node, tuple(dims), keepdim=keepdim), "mean")
+
+
+def _flattens(reader: Reader, node: fx.Node) -> bool:
+    """Whether a node makes [N, C] of [N, C, 1, 1]."""
+    module = reader.module(node)
+    if type(module) is nn.Flatten and not why_opaque(module):
+        return (module.start_dim, module.end_dim) == (1, -1) and len(node.args) == 1
+    return node.target in (torch.flatten, "flatten") and node.args[1:] in ((1,), (1, -1)) and not node.kwargs
+
+
+def linear(reader: Reader, node: fx.Node) -> Match | None:
+    """A linear layer, which torch would stream row-major."""
+    module = reader.module(node)
+    if type(module) is not nn.Linear or why_opaque(module) or len(node.args) != 1 or node.kwargs:
+        return None
+    if type(module.weight) is not nn.Parameter or module.weight.dtype not in _native.DTYPES:
+        return None
+    if _native.core is None or module.weight.device.type != "cpu":
+        return None
+    return Match([node], LinearStep(node, module.weight, module.bias), "linear")
+
+
 Pattern = Callable[[Reader, fx.Node], Match | None]
 
 # With a depthwise convolution among them, so that their reasons are reported.
-PATTERNS: Sequence[Pattern] = (separable_pair,)
+PATTERNS: Sequence[Pattern] = (expanded_pair, separable_pair)
 TRAINING_PATTERNS: Sequence[Pattern] = (live_pair,)
 # What is around the pairs.
-SURROUNDINGS: Sequence[Pattern] = (lone_depthwise, dense)
+SURROUNDINGS: Sequence[Pattern] = (lone_depthwise, lone_pointwise, dense, mean_over_plane, linear)
 
 
 def describe(reader: Reader, node: fx.Node) -> str:

@@ -67,7 +67,7 @@ class Maker:
             if name in self.left:
                 continue
             try:
-                match = self._match(reader, node)
+                match = self._match(reader, node, taken)
                 if verify:
                     candidate.error = match_error(reader, match)
                     if not candidate.error <= tolerance_of(match):
@@ -80,9 +80,9 @@ class Maker:
                 taken.update(match.nodes)
         return matches, candidates
 
-    def _match(self, reader: Reader, node: fx.Node) -> Match:
+    def _match(self, reader: Reader, node: fx.Node, taken: set[fx.Node]) -> Match:
         for pattern in PATTERNS if self.mode == "inference" else TRAINING_PATTERNS:
             match = pattern(reader, node)
-            if match is not None:
+            if match is not None and taken.isdisjoint(match.nodes):
                 return match
         raise UnfitError("no pattern fits")

@@ -10,8 +10,9 @@ from torch import fx, nn
 
 from .chains import Reader, UnfitError
 from .patterns import SURROUNDINGS, Match
+from .series import SeriesStep
 from .steps import add
-from .trace import Region, why_opaque
+from .trace import Region
 
 
 def drop_rank_checks(region: Region) -> None:
@@ -63,6 +64,7 @@ def rewrite(
         _drop_identities(graph, reader)
         _add_in_place(graph, fresh)
         channels_last = _prepare_channels_last(graph, reader)
+        _join(graph)
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr":
             _erase_unused(graph, node)
@@ -119,6 +121,21 @@ def _add_in_place(graph: fx.Graph, fresh: set[fx.Node]) -> None:
                 break
 
 
+def _join(graph: fx.Graph) -> None:
+    """Makes one step of steps of which each reads nothing but the one before, and alone."""
+    for node in list(graph.nodes):
+        if not hasattr(node.target, "link") or node._erased:
+            continue
+        nodes = [node]
+        while len(users := list(nodes[-1].users)) == 1 and hasattr(users[0].target, "link"):
+            nodes.append(users[0])
+        if len(nodes) > 1:
+            nodes[0].target = SeriesStep([link.target for link in nodes])
+            nodes[-1].replace_all_uses_with(nodes[0])
+            for old in reversed(nodes[1:]):
+                graph.erase_node(old)
+
+
 # What asks for a tensor's place in memory and not for its values.
 _LAYOUT_METHODS = {
     *("stride", "as_strided", "is_contiguous", "storage", "untyped_storage", "storage_offset", "data_ptr"),
@@ -134,26 +151,14 @@ def _prepare_channels_last(graph: fx.Graph, reader: Reader) -> bool:
             return False
         if node.op == "call_function" and node.target is torch.as_strided:
             return False
-        if node.op == "placeholder" and any(_writes(reader, user) for user in node.users):
+        if node.op == "placeholder" and any(reader.writes(user) for user in node.users):
             return False
         if node.op == "call_method" and node.target == "view":
             if any(isinstance(argument, torch.dtype) for argument in node.args) or node.kwargs:
                 return False
-            if any(_writes(reader, user) for user in node.users):
+            if any(reader.writes(user) for user in node.users):
                 return False
             views.append(node)
     for node in views:
         node.target = "reshape"
     return True
-
-
-def _writes(reader: Reader, node: fx.Node) -> bool:
-    """Whether a node may write to its first argument."""
-    module = reader.module(node)
-    if module is not None:
-        return bool(getattr(module, "inplace", False)) or bool(why_opaque(module))
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
-    if in_place or name in ("iadd", "imul", "isub", "itruediv", "setitem"):
-        return True
-    return any(value is True for value in (*node.args, *node.kwargs.values()))  # `inplace`, mostly

@@ -6,22 +6,29 @@ They trust their caller: forward.py lets nothing in that autograd, a transform, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _native, _ops
+from .. import _expanded, _native, _ops
 from .._activations import ACTIVATIONS
 from ..functional import same_padding
 from .chains import Convolution
+
+# The problem, the output's shape and layout, whether the input is dense in it, and whether it is the input's.
+Prepared = tuple[tuple[int, ...], tuple[int, ...], torch.memory_format, bool, bool]
+
+# A call of Series, and a tensor like its result.
+Link = tuple[tuple[tuple[int, ...], int, int], Tensor]
 
 # Shapes of inputs for which a step keeps what it worked out.
 _REMEMBERED = 64
 
 
-class _PackedStep:
+class PackedStep:
     """A native call on packed weights. For each shape of the input all but the addresses is known."""
 
     def __init__(
@@ -42,11 +49,14 @@ class _PackedStep:
         self.channels = depthwise.in_channels
         self.stride, self.padding, self.dilation = depthwise.stride, depthwise.padding, depthwise.dilation
         self.mid_activation, self.activation = mid_activation, activation
-        packed = _native.pack(self.channels, *self.weights)
+        packed = self.pack()
         assert packed is not None
         self.packed = packed
         self.packed_at = packed.data_ptr(), packed.numel()
         self.calls: dict[Any, Any] = {}
+
+    def pack(self) -> Tensor | None:
+        return _native.pack(self.channels, *self.weights)
 
     def __call__(self, x: Tensor) -> Tensor:
         call = None if _ops.VERBOSE else self.calls.get((x.shape, x.stride()))
@@ -56,14 +66,23 @@ class _PackedStep:
             call = self.prepare(x)
             if _ops.VERBOSE:
                 return self.reported(x)
-        problem, shape, layout, dense = call
+        problem, shape, layout, dense, kept = call
         if not dense:
             x = x.contiguous(memory_format=layout)
         output = torch.empty(shape, dtype=self.dtype, memory_format=layout)
         if _native.own_pool:
             _native.core.set_num_threads(torch.get_num_threads())
         _native.core.forward_packed(problem, "", x.data_ptr(), *self.packed_at, output.data_ptr())
-        return output
+        return output if kept else output.contiguous()
+
+    def link(self, x: Tensor) -> Link | None:
+        """The call for an input like this one, whose numbers do not matter; None where that is copied."""
+        if x.dim() != 4 or not len(x):
+            return None
+        problem, shape, layout, dense, kept = self.prepare(x)
+        if not (dense and kept and layout is torch.channels_last):
+            return None
+        return (problem, *self.packed_at), torch.empty(shape, dtype=self.dtype, memory_format=layout)
 
     def reported(self, x: Tensor) -> Tensor:
         """By the operator's kernel, which prints the line of FASTSEP_VERBOSE."""
@@ -74,8 +93,7 @@ class _PackedStep:
         geometry = self.stride, pads, self.dilation, self.mid_activation, self.activation
         return _ops.cpu_kernel(x, dw, pw, db, b, self.packed, *geometry)
 
-    def prepare(self, x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.memory_format, bool]:
-        """The problem, the output's shape and layout, and whether the input is dense in that layout."""
+    def prepare(self, x: Tensor) -> Prepared:
         dw, pw, db, b = self.weights
         pads = self.padding
         if isinstance(pads, str):
@@ -93,22 +111,95 @@ class _PackedStep:
             *(_native.DTYPES[self.dtype], int(layout is torch.channels_last)),
             *(ACTIVATIONS[self.mid_activation].code, ACTIVATIONS[self.activation].code),
         )
-        call = problem, (n, k or inner, *shape[2:]), layout, x.is_contiguous(memory_format=layout)
+        return self.remember(x, problem, (n, k or inner, *shape[2:]), layout)
+
+    def remember(
+        self, x: Tensor, problem: tuple[int, ...], shape: tuple[int, ...], layout: torch.memory_format
+    ) -> Prepared:
+        kept = _ops.memory_format(x) is layout
+        call = problem, shape, layout, x.is_contiguous(memory_format=layout), kept
         if len(self.calls) >= _REMEMBERED:
             self.calls.clear()
         self.calls[x.shape, x.stride()] = call
         return call
 
 
-class SeparableStep(_PackedStep):
+class SeparableStep(PackedStep):
     """A depthwise convolution, an activation, a pointwise convolution, an activation."""
 
+    def __init__(
+        self, depthwise: Convolution, mid_activation: str, pointwise: Convolution, activation: str
+    ) -> None:
+        super().__init__(depthwise, mid_activation, pointwise, activation)
+        self.halves = depthwise, mid_activation, pointwise, activation
 
-class DepthwiseStep(_PackedStep):
+
+class DepthwiseStep(PackedStep):
     """A depthwise convolution and an activation."""
 
     def __init__(self, depthwise: Convolution, activation: str) -> None:
         super().__init__(depthwise, activation, None, "identity")
+
+
+class PointwiseStep(PackedStep):
+    """A pointwise convolution of any stride and an activation: a pair whose depthwise half copies."""
+
+    def __init__(self, pointwise: Convolution, activation: str) -> None:
+        channels = pointwise.in_channels
+        ones = pointwise.weight.new_ones(channels, 1, 1, 1)
+        copying = replace(pointwise, weight=ones, bias=None, groups=channels)
+        super().__init__(copying, "identity", pointwise, activation)
+
+
+class ExpandedStep(PackedStep):
+    """A dense convolution and an activation before the pair, and with `residual` the sum with the input.
+
+    Channels-last: another input is converted, and the result back.
+    """
+
+    def __init__(
+        self,
+        expand: Convolution,
+        expand_activation: str,
+        depthwise: Convolution,
+        mid_activation: str,
+        pointwise: Convolution,
+        activation: str,
+        *,
+        residual: bool,
+    ) -> None:
+        self.expand, self.expand_activation, self.residual = expand, expand_activation, residual
+        super().__init__(depthwise, mid_activation, pointwise, activation)
+        self.channels = expand.in_channels
+
+    def pack(self) -> Tensor | None:
+        bias = self.expand.bias
+        expand = self.expand.weight.detach(), None if bias is None else bias.detach()
+        return _native.pack(self.channels, *self.weights, *expand)
+
+    def arguments(self, x: Tensor) -> tuple[Any, ...]:
+        """What the operator takes but the packed weights."""
+        dw, pw, db, b = self.weights
+        expand = self.expand
+        ew, eb = expand.weight.detach(), None if expand.bias is None else expand.bias.detach()
+        e_pads, pads = expand.padding, self.padding
+        if isinstance(e_pads, str):
+            e_pads = same_padding(x, ew, expand.stride, expand.dilation)
+        if isinstance(pads, str):
+            sides = zip(x.shape[-2:], (e_pads[:2], e_pads[2:]), ew.shape[2:], expand.stride, strict=True)
+            plane = [_expanded.expanded_size(size, *ends, k, s) for size, ends, k, s in sides]
+            pads = same_padding(x.new_empty(()).expand(plane), dw, self.stride, self.dilation)
+        geometry = expand.stride, e_pads, self.stride, pads, self.dilation
+        activations = self.expand_activation, self.mid_activation, self.activation
+        return x, ew, dw, pw, eb, db, b, *geometry, *activations, self.residual
+
+    def prepare(self, x: Tensor) -> Prepared:
+        problem, shape = _expanded.native_problem(*self.arguments(x))
+        return self.remember(x, problem, shape, torch.channels_last)
+
+    def reported(self, x: Tensor) -> Tensor:
+        arguments = self.arguments(x.contiguous(memory_format=torch.channels_last))
+        return _expanded.cpu_kernel(*arguments[:7], self.packed, *arguments[7:])
 
 
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -43,12 +44,33 @@ def inputs_of(forward: Callable[..., Any]) -> list[str]:
     return names
 
 
+class _Proxy(fx.Proxy):
+    """Also records `x += y` as what it is: without this it would be traced as `x = x + y`."""
+
+
+def _record(name: str) -> Callable[[fx.Proxy, Any], Any]:
+    target = getattr(operator, name)
+
+    def method(self: fx.Proxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+IN_PLACE = "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"
+for _name in IN_PLACE:
+    setattr(_Proxy, f"__{_name}__", _record(_name))
+
+
 class Tracer(fx.Tracer):
     """Stops where a module is torch's own, ours, a kind of convolution, or must be called as it is."""
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         names = inputs_of(root_fn)
         return root_fn, [self.root, *(self.create_proxy("placeholder", name, (), {}) for name in names)]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (

@@ -45,15 +45,21 @@ def _error(got: Any, expected: Any) -> float:
 
 
 def tolerance_of(match: Match) -> float:
+    assert match.convolution is not None
     return 1e4 * torch.finfo(match.convolution.weight.dtype).eps
 
 
 def match_error(reader: Reader, match: Match) -> float:
     """The error of a match's step on a small input of normal numbers."""
     convolution = match.convolution
+    assert convolution is not None
     (kh, kw), (sh, sw) = convolution.weight.shape[2:], convolution.stride
     (dh, dw), generator = convolution.dilation, torch.Generator().manual_seed(0)
-    size = 2, convolution.in_channels, dh * (kh - 1) + 1 + 3 * sh, dw * (kw - 1) + 1 + 3 * sw
+    h, w, channels = dh * (kh - 1) + 1 + 3 * sh, dw * (kw - 1) + 1 + 3 * sw, convolution.in_channels
+    if match.expand is not None:
+        (eh, ew), (esh, esw) = match.expand.weight.shape[2:], match.expand.stride
+        h, w, channels = (h - 1) * esh + eh, (w - 1) * esw + ew, match.expand.in_channels
+    size = 2, channels, h, w
     x = torch.randn(size, generator=generator, dtype=torch.float64).to(convolution.weight.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():

@@ -1,0 +1,139 @@
+"""What lies behind a network's convolutions, as convolutions; and steps in a row in one native call."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from .. import _native, _ops
+from .chains import Convolution
+from .steps import DepthwiseStep, Link, PointwiseStep
+
+
+class MeanStep:
+    """The mean over each plane: a depthwise convolution whose kernel is the plane, of equal weights.
+
+    Planes beyond a thousand pixels are torch's: here each is one sum, whose rounding grows with it.
+    """
+
+    LARGEST = 32 * 32
+
+    def __init__(self, node: fx.Node, dims: tuple[int, ...], *, keepdim: bool) -> None:
+        self.__name__, self.node, self.dims, self.keepdim = node.name, node, dims, keepdim
+        self.steps: dict[Any, DepthwiseStep] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        step = self.step(x)
+        if step is None:
+            return x.mean(self.dims, keepdim=self.keepdim)
+        y = step(x)
+        return y if self.keepdim else y.flatten(1)
+
+    def step(self, x: Tensor) -> DepthwiseStep | None:
+        """The convolution for planes like these."""
+        key = x.dtype, x.shape[1:]
+        step = self.steps.get(key)
+        if step is None:
+            if x.dim() != 4 or x.dtype not in _native.DTYPES:
+                return None
+            c, h, w = x.shape[1:]
+            if not c or not 0 < h * w <= self.LARGEST:
+                return None
+            equal = torch.full((c, 1, h, w), 1 / (h * w), dtype=x.dtype)
+            mean = Convolution(self.node, self.__name__, equal, None, (1, 1), (0, 0, 0, 0), (1, 1), c)
+            if len(self.steps) >= 8:
+                self.steps.clear()
+            step = self.steps[key] = DepthwiseStep(mean, "identity")
+        return step
+
+    def link(self, x: Tensor) -> Link | None:
+        step = self.step(x)
+        made = None if step is None else step.link(x)
+        if made is None or self.keepdim:
+            return made
+        call, result = made
+        return call, result.new_empty(result.shape[:2])
+
+
+class LinearStep:
+    """A linear layer: a pointwise convolution of an image whose pixels are the rows."""
+
+    def __init__(self, node: fx.Node, weight: Tensor, bias: Tensor | None) -> None:
+        self.__name__ = node.name
+        self.weight, self.bias = weight.detach(), None if bias is None else bias.detach()
+        kernel = self.weight[:, :, None, None]
+        image = Convolution(node, node.name, kernel, self.bias, (1, 1), (0, 0, 0, 0), (1, 1), 1)
+        self.step = PointwiseStep(image, "identity")
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.unfit(x):
+            return F.linear(x, self.weight, self.bias)
+        y = self.step(as_image(x))
+        return y.permute(0, 2, 3, 1).reshape(len(x), -1)
+
+    def unfit(self, x: Tensor) -> bool:
+        return x.dim() != 2 or x.dtype is not self.weight.dtype or not x.is_contiguous() or not x.numel()
+
+    def link(self, x: Tensor) -> Link | None:
+        made = None if self.unfit(x) else self.step.link(as_image(x))
+        if made is None:
+            return None
+        call, result = made
+        return call, result.new_empty(len(x), result.shape[1])
+
+
+def as_image(x: Tensor) -> Tensor:
+    """Rows as the pixels of one channels-last image."""
+    rows, channels = x.shape
+    return x.as_strided((1, channels, rows, 1), (x.numel(), 1, channels, channels))
+
+
+class Linked(Protocol):
+    """A step that can be a part of a series."""
+
+    __name__: str
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+    def link(self, x: Tensor) -> Link | None: ...
+
+
+class SeriesStep:
+    """Steps one after the other. Between them there is no Python and no fresh tensor."""
+
+    def __init__(self, links: list[Linked]) -> None:
+        self.__name__ = f"{links[0].__name__}_to_{links[-1].__name__}"
+        self.links = links
+        self.calls: dict[Any, Any] = {}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        key = x.shape, x.stride(), x.dtype
+        call = self.calls.get(key)
+        if call is None:
+            if len(self.calls) >= 16:
+                self.calls.clear()
+            call = self.calls[key] = self.prepare(x)
+        series, shape, layout = call
+        if series is None or _ops.VERBOSE:
+            for step in self.links:
+                x = step(x)
+            return x
+        output = torch.empty(shape, dtype=x.dtype, memory_format=layout)
+        if _native.own_pool:
+            _native.core.set_num_threads(torch.get_num_threads())
+        series.run(x.data_ptr(), output.data_ptr())
+        return output
+
+    def prepare(self, x: Tensor) -> tuple[Any, torch.Size, torch.memory_format]:
+        """The series for inputs like this one, None where a step has to copy. The result's shape, layout."""
+        like, calls = x, []
+        for step in self.links:
+            made = step.link(like)
+            if made is None:
+                return None, x.shape, torch.contiguous_format
+            calls.append(made[0])
+            like = made[1]
+        layout = torch.channels_last if like.dim() == 4 else torch.contiguous_format
+        return _native.core.Series(calls), like.shape, layout

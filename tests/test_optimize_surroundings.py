@@ -1,0 +1,258 @@
+"""fastsep.optimize: what goes before a pair, behind it and around it."""
+
+from __future__ import annotations
+
+import gc
+import operator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from optimizing import Block, X, check, made
+from torch import nn
+
+import fastsep
+from fastsep import SeparableConv2d, _native
+from fastsep._optimize.series import MeanStep, SeriesStep
+from fastsep._optimize.steps import ExpandedStep
+
+pytestmark = pytest.mark.skipif(_native.core is None, reason="the native module is missing")
+
+
+def steps_of(optimized):
+    """What the optimized forward calls, the parts of series one by one."""
+    graph = optimized.__dict__["forward"]._plans[0].graph
+    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
+    return [step for target in targets for step in getattr(target, "links", [target])]
+
+
+def expanded_steps(optimized):
+    return [step for step in steps_of(optimized) if isinstance(step, ExpandedStep)]
+
+
+def subtract_in_place(x, y):
+    x -= y
+    return x
+
+
+def change_before(x, y):
+    alias = x
+    x += 1
+    return alias + y
+
+
+class Residual(nn.Module):
+    """1 x 1 -> norm -> activation -> depthwise -> 1 x 1 -> norm -> sum."""
+
+    def __init__(self, add=lambda x, y: x + y, expand=None, inner=24, between=None, **options):
+        super().__init__()
+        self.expand = nn.Conv2d(8, inner, 1) if expand is None else expand
+        self.norm = nn.Sequential(nn.BatchNorm2d(inner), nn.ReLU6())
+        self.between = between or nn.Identity()
+        self.depthwise = nn.Conv2d(inner, inner, 3, **{"padding": 1, **options}, groups=inner)
+        self.project = nn.Sequential(nn.Hardswish(), nn.Conv2d(inner, 8, 1), nn.BatchNorm2d(8))
+        self.add = add
+
+    def forward(self, x):
+        return self.add(x, self.project(self.depthwise(self.between(self.norm(self.expand(x))))))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("add", "residual"),
+    [
+        (lambda x, y: x + y, True),
+        (lambda x, y: y + x, True),
+        (lambda x, y: torch.add(x, y), True),
+        (lambda x, y: operator.iadd(y, x), True),
+        (lambda x, y: torch.add(x, y, alpha=2), False),
+        (lambda x, y: x * 1 + y, False),
+        (lambda x, y: y + y, False),
+        (lambda x, y: (y + x) * y, False),
+        (lambda x, y: y, False),
+    ],
+)
+def test_inverted_residual(add, residual, channels_last):
+    x = X.contiguous(memory_format=torch.channels_last) if channels_last else X
+    optimized, _ = check(made(Residual(add)), x)
+    (step,) = expanded_steps(optimized)
+    assert step.residual == residual
+    (candidate,) = fastsep.report(optimized).fused
+    assert candidate.reason == "separable behind expand" + ", with the sum" * residual
+
+
+@pytest.mark.parametrize("add", [operator.iadd, subtract_in_place, change_before])
+def test_an_input_that_is_written_to(add):
+    """`x += y` changes the caller's tensor, optimized or not."""
+    model = made(Residual(add))
+    optimized = fastsep.optimize(model)
+    ours, theirs = X.clone(), X.clone()
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(ours), model(theirs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(ours, X)
+    (step,) = expanded_steps(optimized)
+    assert not step.residual
+
+
+@pytest.mark.parametrize(
+    ("change", "expanded"),
+    [
+        ({}, True),
+        ({"stride": 2}, True),
+        ({"padding": 0, "dilation": 2}, True),
+        ({"padding": "same"}, True),
+        ({"expand": nn.Conv2d(8, 24, 3, padding=1)}, False),  # of a tensor, not of an image
+        ({"expand": nn.Conv2d(8, 24, 1, stride=2)}, False),
+        ({"expand": nn.Conv2d(8, 24, 1, groups=2)}, False),
+        ({"expand": nn.Conv2d(8, 24, 1, padding=1)}, False),
+        ({"between": nn.MaxPool2d(1)}, False),
+        ({"between": nn.Mish()}, False),
+        ({"between": nn.Dropout(0.5)}, True),
+    ],
+    ids=str,
+)
+def test_what_goes_before_a_pair(change, expanded):
+    optimized, _ = check(made(Residual(lambda x, y: y, **change)))
+    assert bool(expanded_steps(optimized)) == expanded
+
+
+def test_an_expansion_that_others_read_is_left():
+    class Twice(Residual):
+        def forward(self, x):
+            e = self.norm(self.expand(x))
+            return self.project(self.depthwise(e)).mean() + e
+
+    optimized, _ = check(made(Twice()))
+    assert not expanded_steps(optimized)
+
+
+def test_an_expansion_that_is_not_finite_is_left():
+    model = made(Residual())
+    with torch.no_grad():
+        model.expand.weight[3, 2] = torch.inf
+    optimized, _ = check(model, verify=False)
+    assert not expanded_steps(optimized)
+
+
+def test_a_pair_takes_its_pointwise_half_first():
+    """In depthwise, pointwise, depthwise, pointwise the second is no expansion of the third."""
+    pairs = [
+        layer for _ in range(2) for layer in (nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1))
+    ]
+    optimized, _ = check(made(nn.Sequential(*pairs)), fused=2)
+    assert not expanded_steps(optimized)
+
+
+def test_an_expansion_before_a_layer():
+    layer = SeparableConv2d(20, 8, 3, padding="same", mid_activation="relu", activation="silu")
+    optimized, _ = check(made(nn.Sequential(nn.Conv2d(8, 20, 1), nn.GELU(), layer)))
+    assert len(expanded_steps(optimized)) == 1
+
+
+@pytest.mark.parametrize("size", [(2, 3, 33, 34), (1, 3, 5, 4)])
+@pytest.mark.parametrize("padding", [0, 1, (1, 0)])
+def test_stem(size, padding):
+    """A dense convolution on an image, a pair, and what a classifier has behind it: one native call."""
+    stem = nn.Conv2d(3, 16, 3, stride=2, padding=padding, bias=False)
+    pair = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 1)
+    head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(24, 10)
+    model = made(nn.Sequential(stem, nn.BatchNorm2d(16), nn.ReLU6(), *pair, *head))
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    optimized, _ = check(model, x)
+    (series,) = (
+        node.target
+        for node in optimized.__dict__["forward"]._plans[0].graph.graph.nodes
+        if node.op == "call_function"
+    )
+    assert isinstance(series, SeriesStep)
+    assert len(series.links) == 3
+    gc.collect()
+    with torch.no_grad():
+        for other in (x, x[:1], x.double().float(), x[:, :, :4, :4], x[:0]):
+            torch.testing.assert_close(optimized(other), model(other), rtol=1e-4, atol=1e-5)
+            last = other.contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(optimized(last), model(last), rtol=1e-4, atol=1e-5)
+        with pytest.raises(RuntimeError):
+            optimized(x.double())
+        with pytest.raises(RuntimeError):
+            optimized(x[:, :2])
+        torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+class Head(nn.Module):
+    def __init__(self, pool, linear=True):
+        super().__init__()
+        self.block, self.pool, self.linear = Block(), pool, nn.Linear(8, 5) if linear else nn.Identity()
+
+    def forward(self, x):
+        return self.linear(self.pool(self.block(x)))
+
+
+POOLS = {
+    "function": lambda x: torch.flatten(F.adaptive_avg_pool2d(x, (1, 1)), 1),
+    "mean": lambda x: x.mean([2, 3]),
+    "negative": lambda x: x.mean((-2, -1)),
+    "torch_mean": lambda x: torch.mean(x, (2, 3)),
+    "kept": lambda x: x.mean((2, 3), keepdim=True).flatten(1),
+    "gate": lambda x: (x * F.adaptive_avg_pool2d(x, 1)).mean((2, 3)),
+}
+OTHER_POOLS = {
+    "channels": lambda x: x.mean((1, 2))[:, :8],
+    "four": lambda x: F.adaptive_avg_pool2d(x, 2).flatten(2).amax(2),
+    "all": lambda x: x.mean((0, 2, 3)),
+}
+
+
+@pytest.mark.parametrize("name", [*POOLS, *OTHER_POOLS])
+def test_means(name):
+    optimized, _ = check(made(Head((POOLS | OTHER_POOLS)[name])))
+    assert any(isinstance(step, MeanStep) for step in steps_of(optimized)) == (name in POOLS)
+
+
+@pytest.mark.parametrize("size", [(2, 8, 40, 41), (0, 8, 3, 3), (2, 8, 1, 1)])
+def test_mean_of_other_planes(size):
+    """Large ones are torch's."""
+    check(made(Head(POOLS["mean"])), torch.randn(size, generator=torch.Generator().manual_seed(0)))
+
+
+@pytest.mark.parametrize("stride", [1, 2, (1, 3)])
+@pytest.mark.parametrize("channels", [(8, 40), (8, 3)])
+def test_lone_pointwise(stride, channels):
+    first = nn.Conv2d(*channels, 1, stride=stride, bias=False)
+    check(made(nn.Sequential(Block(), nn.ReLU(), first, nn.BatchNorm2d(channels[1]), nn.SiLU())))
+
+
+def test_linear_on_other_shapes():
+    """Of one dimension and of three, and in another dtype's model."""
+
+    class Rows(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block, self.linear = Block(), nn.Linear(10, 6)
+
+        def forward(self, x):
+            y = self.block(x)
+            return (
+                self.linear(y),
+                self.linear(y[0, 0, 0]),
+                self.linear(y[0, 0]),
+                self.linear(y[0, :, :, 0].t()[:, :8].repeat(1, 2)[:, :10]),
+            )
+
+    model = made(Rows())
+    optimized = fastsep.optimize(model)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(X), model(X), rtol=1e-4, atol=1e-5)
+
+
+def test_series_refuses_what_does_not_fit():
+    problem = (1, 8, 5, 5, 8, 1, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0, 0)
+    other = (1, 8, 5, 4, *problem[4:])
+    with pytest.raises(ValueError, match="call 1 takes 640 bytes, but the one before it gives 800"):
+        _native.core.Series([(problem, 64, 10), (other, 64, 10)])
+    with pytest.raises(ValueError, match="calls is empty"):
+        _native.core.Series([])
+    series = _native.core.Series([(problem, 64, 10)])
+    with pytest.raises(ValueError, match="packed"):
+        series.run(64, 64)
