@@ -5,7 +5,6 @@
 #include <sys/mman.h>
 #endif
 
-#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <memory>
@@ -16,6 +15,7 @@
 #include <vector>
 
 #include "cpu/parallel.h"
+#include "cpu/series.h"
 #include "fastsep.h"
 
 namespace py = pybind11;
@@ -112,13 +112,6 @@ void expect_writes(void* memory, size_t bytes) {
 #endif
 }
 
-size_t element_size(const Problem& p) { return p.dtype == Dtype::f32 ? 4 : 8; }
-
-size_t output_bytes(const Problem& p) {
-  const int64_t channels = p.out_channels > 0 ? p.out_channels : p.channels * p.multiplier;
-  return static_cast<size_t>(p.batch * channels * out_height(p) * out_width(p)) * element_size(p);
-}
-
 void expect_output(const Problem& p, void* output) { expect_writes(output, output_bytes(p)); }
 
 // Scratch memory of one thread's calls, kept between them: fresh pages would cost a small layer more than its work.
@@ -203,77 +196,31 @@ void forward_packed(const py::tuple& fields, const std::string& isa_name, uintpt
   });
 }
 
-// Calls one after the other, each on the result of the one before. What lies between stays in the workspace, which is
-// warm, where fresh tensors would be written to colder memory.
-class Series {
- public:
-  using Fields = std::tuple<py::tuple, uintptr_t, size_t>;  // a problem, its packed weights and their size
+using SeriesFields = std::tuple<py::tuple, uintptr_t, size_t>;  // a problem, its packed weights and their size
 
-  explicit Series(const std::vector<Fields>& calls) {
-    if (calls.empty()) throw py::value_error("calls is empty, expected at least one");
-    for (const auto& [fields, packed, packed_size] : calls) {
-      const Call call = {to_problem(fields), address(packed), packed_size};
-      if (!calls_.empty() && input_bytes(call.problem) != output_bytes(calls_.back().problem))
-        throw py::value_error("call " + std::to_string(calls_.size()) + " takes " +
-                              std::to_string(input_bytes(call.problem)) + " bytes, but the one before it gives " +
-                              std::to_string(output_bytes(calls_.back().problem)));
-      calls_.push_back(call);
-    }
-    for (size_t i = 0; i + 1 < calls_.size(); ++i) {
-      const size_t next = i + 2 < calls_.size() ? output_bytes(calls_[i + 1].problem) : 0;
-      between_ = std::max(between_, aligned(output_bytes(calls_[i].problem)) + aligned(next));
-    }
+Series to_series(const std::vector<SeriesFields>& fields) {
+  std::vector<Series::Call> calls;
+  for (const auto& [problem, packed, packed_size] : fields)
+    calls.push_back({to_problem(problem), address(packed), packed_size});
+  if (calls.empty()) throw py::value_error("calls is empty, expected at least one");
+  for (size_t i = 1; i < calls.size(); ++i) {
+    const size_t takes = input_bytes(calls[i].problem), given = output_bytes(calls[i - 1].problem);
+    if (takes != given)
+      throw py::value_error("call " + std::to_string(i) + " takes " + std::to_string(takes) +
+                            " bytes, but the one before it gives " + std::to_string(given));
   }
+  return Series(calls);
+}
 
-  void run(uintptr_t input, uintptr_t output) const {
-    const Isa isa = fast_isa("");
-    expect_output(calls_.back().problem, mutable_address(output));
-    const auto ask = [&](int threads, size_t* bytes) {
-      size_t largest = 0;
-      for (const Call& call : calls_) {
-        const Status status = workspace_bytes(call.problem, isa, threads, false, bytes);
-        if (status != Status::ok) return status;
-        largest = std::max(largest, *bytes);
-      }
-      *bytes = between_ + aligned(largest);
-      return Status::ok;
-    };
-    run_in_workspace(ask, [&](void* memory, size_t bytes, const Executor& executor) {
-      char* const base = static_cast<char*>(memory);
-      const void* from = address(input);
-      for (size_t i = 0; i < calls_.size(); ++i) {
-        const Call& call = calls_[i];
-        // Results lie at the beginning and at the end in turn, so that none is written over what it is made of.
-        void* to = mutable_address(output);
-        if (i + 1 < calls_.size()) to = i % 2 == 0 ? base : base + between_ - aligned(output_bytes(call.problem));
-        const Status status = forward(call.problem, isa, from, call.packed, call.packed_size, to, base + between_,
-                                      bytes - between_, executor);
-        if (status != Status::ok) return status;
-        from = to;
-      }
-      return Status::ok;
-    });
-    last_isa = isa;
-  }
-
- private:
-  struct Call {
-    Problem problem;
-    const void* packed;
-    size_t packed_size;
-  };
-
-  static size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-  static size_t input_bytes(const Problem& p) {
-    const Expansion& e = p.expand;
-    const int64_t image = e.channels > 0 ? e.channels * e.height * e.width : p.channels * p.height * p.width;
-    return static_cast<size_t>(p.batch * image) * element_size(p);
-  }
-
-  std::vector<Call> calls_;
-  size_t between_ = 0;
-};
+void run_series(const Series& series, uintptr_t input, uintptr_t output) {
+  const Isa isa = fast_isa("");
+  expect_output(series.last(), mutable_address(output));
+  const auto ask = [&](int threads, size_t* bytes) { return series.workspace_bytes(isa, threads, bytes); };
+  run_in_workspace(ask, [&](void* memory, size_t bytes, const Executor& executor) {
+    return series.run(isa, address(input), mutable_address(output), memory, bytes, executor);
+  });
+  last_isa = isa;
+}
 
 void backward_plain(const py::tuple& fields, const std::string& isa_name, uintptr_t input, uintptr_t depthwise_weight,
                     uintptr_t depthwise_bias, uintptr_t pointwise_weight, uintptr_t saved, uintptr_t grad_output,
@@ -284,9 +231,7 @@ void backward_plain(const py::tuple& fields, const std::string& isa_name, uintpt
   const Weights weights = to_weights(depthwise_weight, depthwise_bias, pointwise_weight, 0);
   const Gradients gradients =
       to_gradients(grad_input, grad_depthwise_weight, grad_depthwise_bias, grad_pointwise_weight, grad_bias);
-  expect_writes(
-      gradients.input,
-      static_cast<size_t>(problem.batch * problem.channels * problem.height * problem.width) * element_size(problem));
+  expect_writes(gradients.input, input_bytes(problem));
   const auto ask = [&](int threads, size_t* bytes) {
     return backward_workspace_bytes(problem, isa, threads, gradients, bytes);
   };
@@ -325,8 +270,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("thread_pool", [] { return torch_pool_lent() ? "torch" : "own"; });
   m.def("set_num_threads", &set_num_threads);
   py::class_<Series>(m, "Series")
-      .def(py::init<const std::vector<Series::Fields>&>(), py::arg("calls"))
-      .def("run", &Series::run, py::arg("input"), py::arg("output"));
+      .def(py::init(&to_series), py::arg("calls"))
+      .def("run", &run_series, py::arg("input"), py::arg("output"));
   m.def("packed_bytes", [](const py::tuple& fields, const std::string& isa) {
     size_t bytes = 0;
     check(packed_bytes(to_problem(fields), fast_isa(isa), &bytes));

@@ -180,6 +180,21 @@ def test_stem(size, padding):
         torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_large_batches_go_through_in_groups(threads):
+    """Of as many images as lie in cache; behind the mean the batch is one."""
+    pair = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU6()
+    head = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 5, 1)
+    model = made(nn.Sequential(*pair, *head, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)))
+    x = torch.randn(5, 8, 31, 31).repeat_interleave(6, 2).repeat_interleave(6, 3)
+    check(model, x, fused=2)
+    optimized = fastsep.optimize(model[:6])
+    with torch.no_grad():
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            one_by_one = torch.cat([optimized(image[None]) for image in x])
+            assert torch.equal(optimized(x), one_by_one)
+
+
 class Head(nn.Module):
     def __init__(self, pool, linear=True):
         super().__init__()

@@ -52,6 +52,8 @@ class Numbers {
 void test_forward(const fastsep::Kernel& kernel, const Case& c, const fastsep::Problem& p, bool integers, Tight tight);
 void test_backward(const fastsep::Kernel& kernel, const Case& c, const fastsep::Problem& p, bool integers, Tight tight);
 
+void test_series(const fastsep::Kernel& kernel);
+
 void test_validate(fastsep::Problem good);
 
 }  // namespace fastsep_tests

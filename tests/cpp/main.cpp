@@ -71,6 +71,7 @@ int run(const std::vector<std::string>& paths) {
     const int before = tally.checks;
     for (const Case& c : cases)
       for (Layout layout : {Layout::nchw, Layout::nhwc}) run_case(*kernel, c, layout);
+    test_series(*kernel);
     std::cout << kernel->name << ": " << cases.size() << " cases, " << tally.checks - before << " checks\n";
   }
   for (const Case& c : cases)
