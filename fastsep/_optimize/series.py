@@ -115,25 +115,31 @@ class SeriesStep:
             if len(self.calls) >= 16:
                 self.calls.clear()
             call = self.calls[key] = self.prepare(x)
-        series, shape, layout = call
+        series, shape, layout, rest = call
         if series is None or _ops.VERBOSE:
-            for step in self.links:
-                x = step(x)
-            return x
-        output = torch.empty(shape, dtype=x.dtype, memory_format=layout)
-        if _native.own_pool:
-            _native.core.set_num_threads(torch.get_num_threads())
-        series.run(x.data_ptr(), output.data_ptr())
-        return output
+            rest = self.links
+        else:
+            output = torch.empty(shape, dtype=x.dtype, memory_format=layout)
+            if _native.own_pool:
+                _native.core.set_num_threads(torch.get_num_threads())
+            series.run(x.data_ptr(), output.data_ptr())
+            x = output
+        for step in rest:
+            x = step(x)
+        return x
 
-    def prepare(self, x: Tensor) -> tuple[Any, torch.Size, torch.memory_format]:
-        """The series for inputs like this one, None where a step has to copy. The result's shape, layout."""
+    def prepare(self, x: Tensor) -> tuple[Any, torch.Size, torch.memory_format, list[Linked]]:
+        """For inputs like this one: the series, its result's shape and layout, and the steps behind it.
+
+        It ends before a step that has to copy its input, or has no kernel for it.
+        """
         like, calls = x, []
         for step in self.links:
             made = step.link(like)
             if made is None:
-                return None, x.shape, torch.contiguous_format
+                break
             calls.append(made[0])
             like = made[1]
         layout = torch.channels_last if like.dim() == 4 else torch.contiguous_format
-        return _native.core.Series(calls), like.shape, layout
+        series = _native.core.Series(calls) if calls else None
+        return series, like.shape, layout, self.links[len(calls) :]
