@@ -16,7 +16,7 @@ import torch
 SAMPLE_SECONDS = 8e-3
 LEAST_ROUNDS = 9
 # Contenders with threads of their own keep them spinning for a while after a call, on the cores of the next
-# contender: they take turns in blocks, and the machine rests between two of them.
+# contender: where there are such, all take turns in blocks, and the machine rests between two pools.
 BLOCK_SECONDS = 0.25
 REST_SECONDS = 0.1
 LEAST_BLOCKS = 3
@@ -108,8 +108,8 @@ class Race:
 
     In each round every contender gives one sample, the mean of as many calls as fill SAMPLE_SECONDS, and each
     round begins with another contender. The first call of a turn, which finds the caches full of another's
-    data, is not timed. Where there are several pools of threads, the contenders of one have the machine for
-    BLOCK_SECONDS, in which they take turns, and then it rests.
+    data, is not timed. Where there are several pools of threads, each contender has the machine for
+    BLOCK_SECONDS at a time, and between two pools it rests.
     """
 
     def __init__(
@@ -162,13 +162,12 @@ class Race:
 
     def block(self, pool: str, seconds: float) -> None:
         names = self.pools[pool]
-        begin = self.clock()
-        while True:
-            for name in names:
+        for name in names:
+            begin = self.clock()
+            self.turn(name)
+            while self.clock() - begin < seconds:
                 self.turn(name)
-            names.append(names.pop(0))
-            if self.clock() - begin >= seconds:
-                return
+        names.append(names.pop(0))
 
     def turn(self, name: str) -> None:
         contender, calls = self.contenders[name], self.calls[name]
