@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastsep._case import LAYOUTS
 from fastsep.bench import plot
-from fastsep.bench.report import Report, title, write_whole
+from fastsep.bench.report import Report, Row, title, write_whole
 from fastsep.bench.table import median, milliseconds
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,14 +74,23 @@ def summary(reports: list[Report]) -> str:
 
 
 def whole(reports: list[Report]) -> str:
-    """Networks in one piece, in milliseconds."""
+    """Networks in one piece, in milliseconds, and each contender's time as a multiple of fastsep's."""
     taking_part = [name for name in RUNTIMES if any(name in report.contenders for report in reports)]
-    lines = [row_of("network", "batch", "threads", *(f"{name}, ms" for name in taking_part))]
-    lines.append("|---|" + "--:|" * (2 + len(taking_part)))
-    for report in reports:
-        times = (milliseconds(report.total(name)) for name in taking_part)
-        lines.append(row_of(report.network, report.batch, report.threads, *times))
+    lines = [row_of("network", "fused", "error", "batch", "threads", *taking_part)]
+    lines.append("|---|" + "--:|" * (4 + len(taking_part)))
+    for report in sorted(reports, key=lambda report: (report.batch, report.threads)):
+        (row,) = report.rows
+        error = "" if row.error is None else f"{row.error:.0e}"
+        what = report.network, row.fused, error, report.batch, report.threads
+        lines.append(row_of(*what, *(with_ratio(row, name) for name in taking_part)))
     return "\n".join(lines)
+
+
+def with_ratio(row: Row, name: str) -> str:
+    """Milliseconds, and how many times what fastsep takes."""
+    ratio = row.speedup(name)
+    times = milliseconds(timing.median) if (timing := row.time(name)) else ""
+    return times if name == "fastsep" or ratio is None else f"{times} ({ratio:.2f})"
 
 
 def steps(results: list[dict]) -> str:

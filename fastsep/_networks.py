@@ -11,7 +11,7 @@ from torch import nn
 
 from .models import NETWORKS
 
-_LIBRARIES = "torchvision", "timm"
+LIBRARIES = "torchvision", "timm"
 
 
 def load(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
@@ -25,7 +25,7 @@ def load(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
             raise ValueError(f"network must be {_known()}, got {name!r}")
         model: Any = NETWORKS[name]()
         return model.eval(), model.input_size
-    if library not in _LIBRARIES:
+    if library not in LIBRARIES:
         raise ValueError(f"network must be {_known()}, got {name!r}")
     try:
         source = import_library(library)

@@ -260,13 +260,14 @@ def test_a_runtime_that_is_not_installed(monkeypatch):
 @pytest.mark.parametrize("name", networks.SOURCES)
 def test_whole_networks(name):
     """The same operations as the papers count, two a multiply-add, and folding changes nothing."""
-    network = networks.build(name)
+    network, size = networks.build(name)
+    assert size == (3, 224, 224)
     x = torch.randn(1, 3, networks.SIZE, networks.SIZE)
     assert networks.operations(network, x) == pytest.approx(
         2 * {"mobilenet_v1": 569e6, "mobilenet_v2": 300e6}[name], rel=0.01
     )
     with torch.inference_mode(), ExitStack() as stack:
-        subjects = networks.subjects(network, x, [], 1, "cpu", stack)
+        subjects, found = networks.subjects(network, x, [], 1, "cpu", stack)
         networks.verify(subjects)
         assert {"torch nchw", "torch nhwc", "eager"} <= set(subjects)
         wrong = replace(subjects["eager"], outputs=lambda: [torch.zeros(1, 1000)])

@@ -51,13 +51,20 @@ def layer(line: str) -> Network:
     return load(line)
 
 
+@checked
+def network(text: str) -> Network:
+    """Layers by name or file; of torchvision and timm the whole network alone."""
+    return Network(text, []) if networks.is_of_library(text) else load(text)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
         "--network",
-        type=checked(load),
+        type=network,
         default="mobilenet_v1",
-        help=f"{', '.join(names())} (default: %(default)s), or a file of layers",
+        help=f"{', '.join(names())} (default: %(default)s), or a file of layers; with --whole also "
+        "torchvision/NAME and timm/NAME",
     )
     what.add_argument("--layer", type=layer, help="a layer, written as those of benchmarks/shapes are")
     parser.add_argument("--whole", action="store_true", help="the network in one piece, for inference")
@@ -126,7 +133,9 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.whole:
         if arguments.phase != "forward" or arguments.dtype != "float32":
             raise ValueError("a network in one piece is measured in the forward pass and in float32")
-        arguments.module = networks.build((arguments.layer or arguments.network).name)
+        arguments.module, arguments.size = networks.build((arguments.layer or arguments.network).name)
+    elif not (arguments.layer or arguments.network).layers:
+        raise ValueError(f"network {arguments.network.name} is measured with --whole")
     if arguments.json and arguments.csv and arguments.json == arguments.csv:
         raise ValueError(f"json and csv cannot both be written to {arguments.json}")
     for path in (arguments.json, arguments.csv, arguments.plot):
@@ -202,14 +211,16 @@ def measure_whole(arguments: argparse.Namespace, name: str, isa: str, remarks: d
         if reason := networks.unavailable(contender, arguments.batch, device):
             remarks[reason] = None
     network = arguments.module.to(device)
-    x = torch.randn(arguments.batch, 3, networks.SIZE, networks.SIZE, device=device)
+    x = torch.randn(arguments.batch, *arguments.size, device=device)
     with ExitStack() as stack:
-        subjects = networks.subjects(network, x, arguments.against, threads, device, stack)
+        subjects, found = networks.subjects(network, x, arguments.against, threads, device, stack)
         with torch.inference_mode():
             networks.verify(subjects)
             peak = measure_peak(device, isa, "float32", threads)
             times = race({n: subject.contender for n, subject in subjects.items()}, seconds=arguments.seconds)
-    return Row(name, "", times, networks.operations(network, x), 0, peak)
+    operations = networks.operations(network, x)
+    fused = f"{len(found.fused)} of {len(found.candidates)}" if found else ""
+    return Row(name, "", times, operations, 0, peak, fused, found.error if found else None)
 
 
 def _progress(cases: list[Case]) -> list[Case]:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastsep
 
+from .. import _networks
 from . import peers
 from .baselines import compile_frozen
 from .contenders import Subject
@@ -81,12 +82,28 @@ def mobilenet_v2() -> nn.Module:
 SOURCES: dict[str, Callable[[], nn.Module]] = {"mobilenet_v1": mobilenet_v1, "mobilenet_v2": mobilenet_v2}
 
 
-def build(name: str) -> nn.Module:
-    """A network for inference, its norms with numbers as training leaves them; ValueError if unknown."""
-    if name not in SOURCES:
-        raise ValueError(f"network must be one of {', '.join(SOURCES)} to be run in one piece, got {name!r}")
+def is_of_library(name: str) -> bool:
+    """Whether a name is one of torchvision's or timm's."""
+    return name.partition("/")[0] in _networks.LIBRARIES
+
+
+def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A network for inference, its norms with numbers as training leaves them, and the size of an image.
+
+    ValueError for an unknown one, and where its library is not installed.
+    """
+    if name not in SOURCES and not is_of_library(name):
+        known = f"one of {', '.join(SOURCES)}, torchvision/NAME or timm/NAME"
+        raise ValueError(f"network must be {known} to be run in one piece, got {name!r}")
     torch.manual_seed(0)
-    network = SOURCES[name]().eval()
+    size = 3, SIZE, SIZE
+    if name in SOURCES:
+        network = SOURCES[name]().eval()
+    else:
+        try:
+            network, size = _networks.load(name)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
     with torch.no_grad():
         for part in network.modules():
             if isinstance(part, nn.BatchNorm2d):
@@ -96,7 +113,7 @@ def build(name: str) -> nn.Module:
                 ):
                     assert tensor is not None
                     tensor.uniform_(low, high)
-    return network.requires_grad_(False)
+    return network.requires_grad_(False), size
 
 
 def operations(network: nn.Module, x: Tensor) -> int:
@@ -107,11 +124,14 @@ def operations(network: nn.Module, x: Tensor) -> int:
 
 
 def folded(network: nn.Module) -> nn.Module:
-    """Its norms folded into the convolutions, as whoever deploys it does."""
+    """Its norms folded into the convolutions, as whoever deploys it does, unless torch.fx cannot trace it."""
     from torch.fx.experimental.optimization import fuse
 
-    with torch.no_grad():
-        return fuse(copy.deepcopy(network)).eval()
+    try:
+        with torch.no_grad():
+            return fuse(copy.deepcopy(network)).eval()
+    except (TypeError, torch.fx.proxy.TraceError):
+        return copy.deepcopy(network)
 
 
 def unavailable(name: str, batch: int, device: str) -> str:
@@ -131,18 +151,21 @@ def unavailable(name: str, batch: int, device: str) -> str:
 
 def subjects(
     network: nn.Module, x: Tensor, against: Sequence[str], threads: int, device: str, stack: ExitStack
-) -> dict[str, Subject]:
-    """All that can take part, on the same weights; ``stack`` ends their processes."""
+) -> tuple[dict[str, Subject], fastsep.Report | None]:
+    """All that can take part, on the same weights, and what optimize() did; ``stack`` ends processes."""
     plain = folded(network)
     last = x.contiguous(memory_format=torch.channels_last)
     made: dict[str, Subject] = {}
+    found: fastsep.Report | None = None
 
     def local(name: str, call: Callable[[Tensor], Any], given: Tensor) -> None:
         contender: type[Local | OnGpu] = OnGpu if device == "cuda" else Local
         made[name] = Subject(contender(lambda: call(given)), lambda: [call(given)])
 
     if not unavailable("fastsep", x.shape[0], device):
-        local("fastsep", fastsep.optimize(copy.deepcopy(network), last), last)
+        optimized = fastsep.optimize(network, last)
+        found = fastsep.report(optimized)
+        local("fastsep", optimized, last)
     local("torch nchw", plain, x)
     local("torch nhwc", copy.deepcopy(plain).to(memory_format=torch.channels_last), last)  # type: ignore[call-overload]
     local("eager", network, x)
@@ -153,7 +176,7 @@ def subjects(
         elif name in peers.RUNTIMES and not unavailable(name, x.shape[0], device):
             remote = stack.enter_context(peers.Remote(name, copy.deepcopy(network), x, threads))
             made[name] = Subject(remote, lambda remote=remote: [remote.output()])  # type: ignore[misc]
-    return made
+    return made, found
 
 
 def verify(subjects: dict[str, Subject]) -> None:

@@ -29,6 +29,8 @@ class Row:
     operations: float  # that fastsep takes
     bytes: float  # moved past the caches; 0 where they hold all
     peak: float  # operations per second that the threads in use could do
+    fused: str = ""  # of a whole network: how many of its depthwise convolutions optimize() fused
+    error: float | None = None  # and how far the largest output moved by that, relative to itself
 
     @property
     def case(self) -> Case | None:
