@@ -25,6 +25,15 @@ struct Constant {
   constexpr operator int() const { return N; }
 };
 
+// f(Constant<0>()), ..., f(Constant<N - 1>()): a loop whose counter is known when the code is compiled.
+template <int N, int I = 0, class F>
+FASTSEP_INLINE void for_each_constant(const F& f) {
+  if constexpr (I < N) {
+    f(Constant<I>());
+    for_each_constant<N, I + 1>(f);
+  }
+}
+
 template <class A>
 FASTSEP_INLINE A smaller(A a, A b) {
   return b < a ? b : a;

@@ -1,4 +1,4 @@
-// Runs every kernel that this processor has over the table of cases.
+// Runs every kernel that this processor has over the table of cases; with a name, that kernel alone.
 #include <iostream>
 
 #include "harness.h"
@@ -59,11 +59,12 @@ void run_case(const Kernel& kernel, const Case& c, Layout layout) {
   }
 }
 
-int run(const std::vector<std::string>& paths) {
+int run(const std::vector<std::string>& paths, const std::string& only) {
   std::vector<Case> cases;
   for (const std::string& path : paths)
     for (const Case& c : read_cases(path)) cases.push_back(c);
   for (const Kernel* kernel : kernels) {
+    if (!only.empty() && only != kernel->name) continue;
     if (!isa_available(kernel->isa)) {
       std::cout << kernel->name << ": not on this processor\n";
       continue;
@@ -71,7 +72,7 @@ int run(const std::vector<std::string>& paths) {
     const int before = tally.checks;
     for (const Case& c : cases)
       for (Layout layout : {Layout::nchw, Layout::nhwc}) run_case(*kernel, c, layout);
-    std::cout << kernel->name << ": " << cases.size() << " cases, " << tally.checks - before << " checks\n";
+    std::cout << kernel->name << ": " << cases.size() << " cases, " << tally.checks - before << " checks" << std::endl;
   }
   for (const Case& c : cases)
     if (c.problem.batch > 0 && c.problem.pad_top < c.problem.height && c.problem.expand.channels == 0) {
@@ -86,9 +87,11 @@ int run(const std::vector<std::string>& paths) {
 }  // namespace fastsep_tests
 
 int main(int argc, char** argv) {
-  if (argc < 2) {
-    std::cerr << "usage: fastsep_tests cases.txt ...\n";
+  const bool named = argc > 2 && std::string(argv[1]) == "--kernel";
+  const int first = named ? 3 : 1;
+  if (argc <= first) {
+    std::cerr << "usage: fastsep_tests [--kernel NAME] cases.txt ...\n";
     return 2;
   }
-  return fastsep_tests::run({argv + 1, argv + argc});
+  return fastsep_tests::run({argv + first, argv + argc}, named ? argv[2] : "");
 }
