@@ -21,7 +21,7 @@ struct Product {
   // A[i][k] for k = group * depth + block * block_depth + p stands at
   //   a[i * RowStride + (group * blocks + block) * a_block_stride + p * a_stride],
   // where the last block of each group may be shorter. RowStride is a constant, so that one pointer walks all rows. It
-  // is 1, or a_stride is; where it is V::width, so is block_depth.
+  // is 1, or a_stride is 1 and b_stride a panel; where it is V::width, so is block_depth.
   const T* a;
   int64_t groups, depth, block_depth;
   int64_t a_block_stride, a_stride;
@@ -85,7 +85,7 @@ FASTSEP_INLINE void multiply_step(const typename V::T* a, const typename V::T* b
   }
 }
 
-template <class V, int Rows, int Columns, int RowStride>
+template <class V, int Rows, int Columns, int RowStride, int Panel>
 FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
   using T = typename V::T;
   using Reg = typename V::Reg;
@@ -105,7 +105,7 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
   }
   const T* b = product.b;
   const T* a_block = product.a;
-  const int64_t a_stride = RowStride == 1 ? product.a_stride : 1, b_stride = product.b_stride;
+  const int64_t a_stride = RowStride == 1 ? product.a_stride : 1, b_stride = RowStride == 1 ? product.b_stride : Panel;
   constexpr int step = V::has_fma_lane && RowStride != 1 ? V::width : 1;
   // Where a step is a whole block, the compiler shall see that it is the only one.
   const int64_t block_depth = step > 1 && RowStride == V::width ? V::width : product.block_depth;
@@ -137,15 +137,15 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
 }
 
 // The tile with as many rows and columns as the end of a plane or panel leaves.
-template <class V, int Rows, int Columns, int RowStride>
+template <class V, int Rows, int Columns, int RowStride, int Panel = Columns * V::width>
 void multiply(const Product<typename V::T>& product, int64_t rows, int64_t columns) {
   if constexpr (Columns > 1) {
-    if (columns < Columns) return multiply<V, Rows, Columns - 1, RowStride>(product, rows, columns);
+    if (columns < Columns) return multiply<V, Rows, Columns - 1, RowStride, Panel>(product, rows, columns);
   }
   if constexpr (Rows > 1) {
-    if (rows < Rows) return multiply<V, Rows - 1, Columns, RowStride>(product, rows, columns);
+    if (rows < Rows) return multiply<V, Rows - 1, Columns, RowStride, Panel>(product, rows, columns);
   }
-  multiply_tile<V, Rows, Columns, RowStride>(product);
+  multiply_tile<V, Rows, Columns, RowStride, Panel>(product);
 }
 
 // In blocks of Block x Block, which neither side is shorter than; the last ones move back to end with the matrix.

@@ -1,4 +1,6 @@
-// Runs every kernel that this processor has over the table of cases; with a name, that kernel alone.
+// Runs every kernel that this processor has over the table of cases; with --share I/N, every N-th from the I-th on.
+#include <cstdio>
+#include <cstring>
 #include <iostream>
 
 #include "harness.h"
@@ -59,12 +61,12 @@ void run_case(const Kernel& kernel, const Case& c, Layout layout) {
   }
 }
 
-int run(const std::vector<std::string>& paths, const std::string& only) {
+int run(const std::vector<std::string>& paths, int share, int shares) {
   std::vector<Case> cases;
   for (const std::string& path : paths)
     for (const Case& c : read_cases(path)) cases.push_back(c);
-  for (const Kernel* kernel : kernels) {
-    if (!only.empty() && only != kernel->name) continue;
+  for (int i = share - 1; i < kernel_count(); i += shares) {
+    const Kernel* const kernel = kernels[i];
     if (!isa_available(kernel->isa)) {
       std::cout << kernel->name << ": not on this processor\n";
       continue;
@@ -87,11 +89,13 @@ int run(const std::vector<std::string>& paths, const std::string& only) {
 }  // namespace fastsep_tests
 
 int main(int argc, char** argv) {
-  const bool named = argc > 2 && std::string(argv[1]) == "--kernel";
-  const int first = named ? 3 : 1;
+  int first = 1, share = 1, shares = 1;
+  if (argc > 2 && std::strcmp(argv[1], "--share") == 0) {
+    first = std::sscanf(argv[2], "%d/%d", &share, &shares) == 2 && 0 < share && share <= shares ? 3 : argc;
+  }
   if (argc <= first) {
-    std::cerr << "usage: fastsep_tests [--kernel NAME] cases.txt ...\n";
+    std::cerr << "usage: fastsep_tests [--share I/N] cases.txt ...\n";
     return 2;
   }
-  return fastsep_tests::run({argv + first, argv + argc}, named ? argv[2] : "");
+  return fastsep_tests::run({argv + first, argv + argc}, share, shares);
 }
