@@ -94,7 +94,10 @@ FASTSEP_INLINE void channels_last_vector(const ChannelsLastRun<typename V::T>& r
   }
   const T* input_row = run.input + channel;
   const T* weight = run.weight + channel;
-  const auto outside = [&](int64_t column) { return column < run.column_begin || column >= run.column_end; };
+  // In registers, where no compiler has to ask whether a store may have changed them.
+  const int64_t output_stride = run.output_stride;
+  const int64_t column_begin = run.column_begin, column_end = run.column_end;
+  const auto outside = [&](int64_t column) { return column < column_begin || column >= column_end; };
 
   for (int64_t r = 0; r < run.taps_h; ++r, input_row += run.input_row_stride) {
     if constexpr (Taps > 0) {
@@ -128,14 +131,16 @@ FASTSEP_INLINE void channels_last_vector(const ChannelsLastRun<typename V::T>& r
 
   const Reg low = V::set1(run.clamp.low), high = V::set1(run.clamp.high);
   T* output = run.output + channel / V::width * run.output_vector_stride;
+  const int pixels = run.pixels;
+  const bool whole_vectors = run.whole_vectors;
   FASTSEP_UNROLL
   for (int p = 0; p < Run; ++p) {
     const Reg value = V::min(high, V::max(low, acc[p]));
-    if (Border && p >= run.pixels) break;
-    if (run.whole_vectors)
-      V::store(output + p * run.output_stride, value);
+    if (Border && p >= pixels) break;
+    if (whole_vectors)
+      V::store(output + p * output_stride, value);
     else
-      V::store_n(output + p * run.output_stride, value, lanes);
+      V::store_n(output + p * output_stride, value, lanes);
   }
 }
 
@@ -267,6 +272,7 @@ FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
   for (int i = 0; i < known; ++i) weights[i] = V::set1(channel.weight[i]);
   int64_t offsets[Taps > 0 ? Taps : 1];
   for (int s = 0; s < Taps; ++s) offsets[s] = channel.tap_offset[s];
+  const int64_t output_stride = channel.output_stride;
   for (int64_t y = 0; y < channel.out_rows; y += block) {
     const T* const* rows = channel.rows + y * channel.stride_h;
     const int64_t count = smaller<int64_t>(block, channel.out_rows - y);
@@ -316,13 +322,13 @@ FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
           }
         }
       }
-      T* output = channel.output + y * channel.output_stride;
+      T* output = channel.output + y * output_stride;
       FASTSEP_UNROLL
       for (int b = 0; b < block; ++b) {
         if (b >= count) break;
         FASTSEP_UNROLL
         for (int v = 0; v < Vectors; ++v)
-          V::store(output + b * channel.output_stride + x[v], V::min(high, V::max(low, acc[b][v])));
+          V::store(output + b * output_stride + x[v], V::min(high, V::max(low, acc[b][v])));
       }
     }
   }
@@ -350,10 +356,10 @@ FASTSEP_NOINLINE void planar_depthwise_inside(const PlanarChannel<T>& channel, c
   }
 }
 
-// Two vectors where a row has them, but for 3 x 3, whose resident weights leave no registers for it on AVX2.
+// Two vectors where a row has them, but for 3 x 3 not on AVX2, where the resident weights leave no registers for it.
 template <class V, int Taps, int StrideH>
 void planar_rows_for(const PlanarChannel<typename V::T>& channel) {
-  if (Taps != 3 && channel.columns > V::width) return planar_rows<V, Taps, StrideH, 2>(channel);
+  if ((Taps != 3 || V::registers > 16) && channel.columns > V::width) return planar_rows<V, Taps, StrideH, 2>(channel);
   planar_rows<V, Taps, StrideH, 1>(channel);
 }
 

@@ -42,40 +42,44 @@ struct Product {
 
 // acc += A * B for Depth neighbouring k.
 template <class V, int Rows, int Columns, int RowStride, int Depth>
-FASTSEP_INLINE void multiply_step(const typename V::T* a, const typename V::T* b, int64_t b_stride,
+FASTSEP_INLINE void multiply_step(const typename V::T* a, int64_t a_stride, const typename V::T* b, int64_t b_stride,
                                   typename V::Reg (&acc)[Rows][Columns]) {
   using Reg = typename V::Reg;
-  const auto load_row = [&](int k, Reg(&b_row)[Columns]) FASTSEP_INLINE_LAMBDA {
+  Reg b_row[Columns];
+  const auto load_row = [&](int k) FASTSEP_INLINE_LAMBDA {
     FASTSEP_UNROLL
     for (int j = 0; j < Columns; ++j) b_row[j] = V::load(b + k * b_stride + j * V::width);
   };
-  Reg b_row[Columns];
-  if constexpr (Depth > 1) {
+  if constexpr (V::has_fma_lane && RowStride == 1) {
+    FASTSEP_UNROLL
+    for (int k = 0; k < Depth; ++k) {
+      load_row(k);
+      for_each_constant<(Rows + V::width - 1) / V::width>([&](auto part) FASTSEP_INLINE_LAMBDA {
+        constexpr int begin = decltype(part)::value * V::width;
+        constexpr int rows = Rows - begin < V::width ? Rows - begin : V::width;
+        const Reg a_column = V::load_n(a + k * a_stride + begin, Constant<rows>());
+        for_each_constant<rows>([&](auto lane) FASTSEP_INLINE_LAMBDA {
+          FASTSEP_UNROLL
+          for (int j = 0; j < Columns; ++j)
+            acc[begin + lane][j] = V::fma_lane(b_row[j], a_column, lane, acc[begin + lane][j]);
+        });
+      });
+    }
+  } else if constexpr (Depth > 1) {
     static_assert(Depth == V::width, "one vector of each row of A");
     Reg a_row[Rows];
     FASTSEP_UNROLL
     for (int i = 0; i < Rows; ++i) a_row[i] = V::load(a + i * RowStride);
     for_each_constant<Depth>([&](auto lane) FASTSEP_INLINE_LAMBDA {
-      load_row(lane, b_row);
+      load_row(lane);
       FASTSEP_UNROLL
       for (int i = 0; i < Rows; ++i) {
         FASTSEP_UNROLL
         for (int j = 0; j < Columns; ++j) acc[i][j] = V::fma_lane(b_row[j], a_row[i], lane, acc[i][j]);
       }
     });
-  } else if constexpr (V::has_fma_lane && RowStride == 1) {
-    load_row(0, b_row);
-    for_each_constant<(Rows + V::width - 1) / V::width>([&](auto part) FASTSEP_INLINE_LAMBDA {
-      constexpr int begin = decltype(part)::value * V::width, rows = Rows - begin < V::width ? Rows - begin : V::width;
-      const Reg a_column = V::load_n(a + begin, Constant<rows>());
-      for_each_constant<rows>([&](auto lane) FASTSEP_INLINE_LAMBDA {
-        FASTSEP_UNROLL
-        for (int j = 0; j < Columns; ++j)
-          acc[begin + lane][j] = V::fma_lane(b_row[j], a_column, lane, acc[begin + lane][j]);
-      });
-    });
   } else {
-    load_row(0, b_row);
+    load_row(0);
     FASTSEP_UNROLL
     for (int i = 0; i < Rows; ++i) {
       const Reg a_element = V::set1(a[i * RowStride]);
@@ -106,7 +110,7 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
   const T* b = product.b;
   const T* a_block = product.a;
   const int64_t a_stride = RowStride == 1 ? product.a_stride : 1, b_stride = RowStride == 1 ? product.b_stride : Panel;
-  constexpr int step = V::has_fma_lane && RowStride != 1 ? V::width : 1;
+  constexpr int step = !V::has_fma_lane ? 1 : RowStride == 1 ? 2 : V::width;
   // Where a step is a whole block, the compiler shall see that it is the only one.
   const int64_t block_depth = step > 1 && RowStride == V::width ? V::width : product.block_depth;
   for (int64_t group = 0; group < product.groups; ++group) {
@@ -114,9 +118,9 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
       const T* a = a_block;
       int64_t k = smaller(left, block_depth);
       for (; k >= step; k -= step, a += step * a_stride, b += step * b_stride)
-        multiply_step<V, Rows, Columns, RowStride, step>(a, b, b_stride, acc);
+        multiply_step<V, Rows, Columns, RowStride, step>(a, a_stride, b, b_stride, acc);
       for (; step > 1 && k > 0; --k, a += a_stride, b += b_stride)
-        multiply_step<V, Rows, Columns, RowStride, 1>(a, b, b_stride, acc);
+        multiply_step<V, Rows, Columns, RowStride, 1>(a, a_stride, b, b_stride, acc);
     }
   }
 

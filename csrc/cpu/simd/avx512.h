@@ -34,7 +34,7 @@ template <>
 struct Vec<float> {
   using T = float;
   using Reg = __m512;
-  static constexpr int width = 16, block = 8;
+  static constexpr int width = 16, block = 8, registers = 32;
   static constexpr bool has_fma_lane = false;
 
   static __mmask16 head(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
@@ -78,7 +78,7 @@ template <>
 struct Vec<double> {
   using T = double;
   using Reg = __m512d;
-  static constexpr int width = 8, block = 4;
+  static constexpr int width = 8, block = 4, registers = 32;
   static constexpr bool has_fma_lane = false;
 
   static __mmask8 head(int n) { return static_cast<__mmask8>((1u << n) - 1u); }

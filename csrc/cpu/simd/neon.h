@@ -22,7 +22,7 @@ template <>
 struct Vec<float> {
   using T = float;
   using Reg = float32x4_t;
-  static constexpr int width = 4, block = 4;
+  static constexpr int width = 4, block = 4, registers = 32;
   static constexpr bool has_fma_lane = true;
 
   static Reg load(const T* p) { return vld1q_f32(p); }
@@ -87,7 +87,7 @@ template <>
 struct Vec<double> {
   using T = double;
   using Reg = float64x2_t;
-  static constexpr int width = 2, block = 4;
+  static constexpr int width = 2, block = 4, registers = 32;
   static constexpr bool has_fma_lane = true;
 
   static Reg load(const T* p) { return vld1q_f64(p); }
