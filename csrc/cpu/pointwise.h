@@ -53,16 +53,19 @@ FASTSEP_INLINE void multiply_step(const typename V::T* a, int64_t a_stride, cons
   if constexpr (V::has_fma_lane && RowStride == 1) {
     FASTSEP_UNROLL
     for (int k = 0; k < Depth; ++k) {
+      // The last vector moves back to end with the rows, where they are no fewer than a vector.
+      constexpr int parts = (Rows + V::width - 1) / V::width, last = Rows < V::width ? 0 : Rows - V::width;
+      Reg a_column[parts];
+      FASTSEP_UNROLL
+      for (int part = 0; part < parts - 1; ++part) a_column[part] = V::load(a + k * a_stride + part * V::width);
+      a_column[parts - 1] = V::load_n(a + k * a_stride + last, Constant<Rows - last>());
       load_row(k);
-      for_each_constant<(Rows + V::width - 1) / V::width>([&](auto part) FASTSEP_INLINE_LAMBDA {
-        constexpr int begin = decltype(part)::value * V::width;
-        constexpr int rows = Rows - begin < V::width ? Rows - begin : V::width;
-        const Reg a_column = V::load_n(a + k * a_stride + begin, Constant<rows>());
-        for_each_constant<rows>([&](auto lane) FASTSEP_INLINE_LAMBDA {
-          FASTSEP_UNROLL
-          for (int j = 0; j < Columns; ++j)
-            acc[begin + lane][j] = V::fma_lane(b_row[j], a_column, lane, acc[begin + lane][j]);
-        });
+      for_each_constant<Rows>([&](auto row) FASTSEP_INLINE_LAMBDA {
+        constexpr int i = decltype(row)::value, part = i / V::width;
+        constexpr int lane = part < parts - 1 ? i % V::width : i - last;
+        FASTSEP_UNROLL
+        for (int j = 0; j < Columns; ++j)
+          acc[i][j] = V::fma_lane(b_row[j], a_column[part], Constant<lane>(), acc[i][j]);
       });
     }
   } else if constexpr (Depth > 1) {
@@ -110,7 +113,7 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
   const T* b = product.b;
   const T* a_block = product.a;
   const int64_t a_stride = RowStride == 1 ? product.a_stride : 1, b_stride = RowStride == 1 ? product.b_stride : Panel;
-  constexpr int step = !V::has_fma_lane ? 1 : RowStride == 1 ? 2 : V::width;
+  constexpr int step = V::has_fma_lane ? V::width : 1;
   // Where a step is a whole block, the compiler shall see that it is the only one.
   const int64_t block_depth = step > 1 && RowStride == V::width ? V::width : product.block_depth;
   for (int64_t group = 0; group < product.groups; ++group) {

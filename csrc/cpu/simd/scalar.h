@@ -14,8 +14,8 @@ namespace {
 template <class Element>
 struct Vec {
   using T = Element;
-  static constexpr int width = 4, block = 4, registers = 16;
-  static constexpr bool has_fma_lane = false;
+  static constexpr int width = 4, block = 4;
+  static constexpr bool has_fma_lane = false, large_depthwise_tiles = false;
   struct Reg {
     T lane[width];
   };
