@@ -48,6 +48,18 @@ FASTSEP_INLINE int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+// a, which the compiler may not compute again from what it was computed from.
+FASTSEP_INLINE int64_t in_register(int64_t a) {
+  asm("" : "+r"(a));
+  return a;
+}
+
+// As an offset for which ARM's vector loads have an addressing mode, unlike one in elements.
+template <class T>
+FASTSEP_INLINE const T* bytes_on(const T* p, int64_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + bytes);
+}
+
 // Where part i begins when `size` is cut into `parts` that differ by one at most.
 FASTSEP_INLINE int64_t cut(int64_t size, int64_t parts, int64_t i) { return size * i / parts; }
 
