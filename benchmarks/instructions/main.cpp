@@ -1,6 +1,9 @@
 // Runs one layer once, for callgrind to count its instructions: fastsep_instructions LAYER forward|backward nchw|nhwc
 //
 //   valgrind --tool=callgrind --toggle-collect=measured fastsep_instructions block5 forward nhwc
+//
+// A layer without a name is CHANNELSxSIZExOUT_CHANNELSxKERNELxSTRIDE.
+#include <cinttypes>
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -72,6 +75,10 @@ extern "C" __attribute__((noinline)) Status measured(const Problem& problem, boo
 
 int main(int argc, char** argv) {
   const Layer* layer = nullptr;
+  Layer sizes = {"by its sizes", 0, 0, 0, 0, 0};
+  if (argc == 4 && std::sscanf(argv[1], "%" SCNd64 "x%" SCNd64 "x%" SCNd64 "x%" SCNd64 "x%" SCNd64, &sizes.channels,
+                               &sizes.size, &sizes.out_channels, &sizes.kernel, &sizes.stride) == 5)
+    layer = &sizes;
   for (const Layer& each : layers)
     if (argc == 4 && std::strcmp(argv[1], each.name) == 0) layer = &each;
   if (layer == nullptr) {

@@ -1,4 +1,5 @@
-// The depthwise tile, once, on the vector type: along channels for channels-last, along pixels for NCHW.
+// The depthwise tile, once, on the vector type: along channels for channels-last here, along pixels for NCHW in
+// depthwise_planar.h.
 //
 //   t[c][oy][ox] = clamp(bias[c] + sum over r, s of
 //                        x[c][oy*stride_h - pad_top + r*dilation_h][ox*stride_w - pad_left + s*dilation_w] *
@@ -14,8 +15,6 @@
 namespace fastsep {
 namespace FASTSEP_ISA {
 namespace {
-
-// ---- channels-last ------------------------------------------------------------------------------------------------
 
 // Some channels of a channels-last plane, and the taps that look at it.
 template <class T>
@@ -79,8 +78,10 @@ struct ChannelsLastRun {
 // Taps > 0: taps_w = Taps, stride_w = Stride and no dilation; every input vector is loaded once per row of taps and
 // used by all the pixels that it belongs to. 3 taps, stride 1, 7 pixels: 9 + 3 loads for 21 FMAs.
 // Taps = 0: any number of taps, stride and dilation; one load for each FMA, the weight shared by the run.
+// inside: bit i is set where column i of the input is inside the plane, for Taps > 0.
 template <class V, int Run, int Taps, int Stride, bool Border, class Count>
-FASTSEP_INLINE void channels_last_vector(const ChannelsLastRun<typename V::T>& run, int64_t channel, Count lanes) {
+FASTSEP_INLINE void channels_last_vector(const ChannelsLastRun<typename V::T>& run, uint64_t inside, int64_t channel,
+                                         Count lanes) {
   using T = typename V::T;
   using Reg = typename V::Reg;
   Reg acc[Run];
@@ -94,17 +95,21 @@ FASTSEP_INLINE void channels_last_vector(const ChannelsLastRun<typename V::T>& r
   }
   const T* input_row = run.input + channel;
   const T* weight = run.weight + channel;
-  const auto outside = [&](int64_t column) { return column < run.column_begin || column >= run.column_end; };
+  // In registers, where no compiler has to ask whether a store may have changed them.
+  const int64_t output_stride = run.output_stride;
+  const int64_t column_begin = run.column_begin, column_end = run.column_end;
+  const auto outside = [&](int64_t column) { return column < column_begin || column >= column_end; };
 
   for (int64_t r = 0; r < run.taps_h; ++r, input_row += run.input_row_stride) {
     if constexpr (Taps > 0) {
       constexpr int columns = (Run - 1) * Stride + Taps;
+      static_assert(columns <= 64, "a bit for each column");
       Reg w[Taps];
       FASTSEP_UNROLL
       for (int s = 0; s < Taps; ++s, weight += run.weight_stride) w[s] = V::load(weight);
       FASTSEP_UNROLL
       for (int column = 0; column < columns; ++column) {
-        if (Border && outside(column)) continue;
+        if (Border && (inside >> column & 1) == 0) continue;
         const Reg x = V::in_register(V::load_n(input_row + column * run.input_stride, lanes));
         FASTSEP_UNROLL
         for (int s = Taps - 1; s >= 0; --s) {
@@ -128,14 +133,16 @@ FASTSEP_INLINE void channels_last_vector(const ChannelsLastRun<typename V::T>& r
 
   const Reg low = V::set1(run.clamp.low), high = V::set1(run.clamp.high);
   T* output = run.output + channel / V::width * run.output_vector_stride;
+  const int pixels = run.pixels;
+  const bool whole_vectors = run.whole_vectors;
   FASTSEP_UNROLL
   for (int p = 0; p < Run; ++p) {
     const Reg value = V::min(high, V::max(low, acc[p]));
-    if (Border && p >= run.pixels) break;
-    if (run.whole_vectors)
-      V::store(output + p * run.output_stride, value);
+    if (Border && p >= pixels) break;
+    if (whole_vectors)
+      V::store(output + p * output_stride, value);
     else
-      V::store_n(output + p * run.output_stride, value, lanes);
+      V::store_n(output + p * output_stride, value, lanes);
   }
 }
 
@@ -143,8 +150,11 @@ template <class V, int Run, int Taps, int Stride>
 FASTSEP_NOINLINE void channels_last_run(const ChannelsLastRun<typename V::T>& run) {
   const int64_t needed = (Run - 1) * run.stride_w + (run.taps_w - 1) * run.dilation_w + 1;
   const bool border = run.pixels < Run || run.column_begin > 0 || run.column_end < needed;
+  const auto first_bits = [](int64_t count) { return count < 64 ? (uint64_t{1} << count) - 1 : ~uint64_t{0}; };
+  const uint64_t inside =
+      first_bits(larger<int64_t>(0, run.column_end)) & ~first_bits(larger<int64_t>(0, run.column_begin));
   const auto vector = [&](auto is_border, int64_t channel, auto lanes) FASTSEP_INLINE_LAMBDA {
-    channels_last_vector<V, Run, Taps, Stride, decltype(is_border)::value != 0>(run, channel, lanes);
+    channels_last_vector<V, Run, Taps, Stride, decltype(is_border)::value != 0>(run, inside, channel, lanes);
   };
   int64_t channel = 0;
   if (border) {
@@ -163,17 +173,90 @@ void channels_last_depthwise(const ChannelsLastRun<typename V::T>& run) {
   if (run.dilation_w == 1 && run.stride_w == 1) {
     if (run.taps_w == 1) return channels_last_run<V, Run, 1, 1>(run);
     if (run.taps_w == 2) return channels_last_run<V, Run, 2, 1>(run);
-    if (run.taps_w == 3) return channels_last_run<V, Run, 3, 1>(run);
+    if (run.taps_w == 3) {
+      // Groups of 8 pixels are of 7 where the plane is 7 x 2^n wide.
+      if constexpr (Run == 8)
+        if (run.pixels == 7) return channels_last_run<V, 7, 3, 1>(run);
+      return channels_last_run<V, Run, 3, 1>(run);
+    }
     if (run.taps_w == 5) return channels_last_run<V, Run, 5, 1>(run);
     if (run.taps_w == 7) return channels_last_run<V, Run, 7, 1>(run);
   }
-  if (run.dilation_w == 1 && run.stride_w == 2 && run.taps_w == 3) return channels_last_run<V, Run, 3, 2>(run);
+  if (run.dilation_w == 1 && run.stride_w == 2 && run.taps_w == 3) {
+    if constexpr (Run == 8)
+      if (run.pixels == 7) return channels_last_run<V, 7, 3, 2>(run);
+    return channels_last_run<V, Run, 3, 2>(run);
+  }
   channels_last_run<V, Run, 0, 0>(run);
 }
 
-// A row whose taps are neighbours, or whose pixels do not share any.
+// 3 x 3 without stride or dilation, all taps inside the plane: Run pixels of two neighbouring rows, so that an input
+// vector serves six FMAs instead of three. 8 pixels: 16 sums + 9 weights + 1 input are 26 registers; 40 + 9 loads for
+// 144 FMAs.
 template <class V, int Run>
-void channels_last_pieces(const ChannelsLastRow<typename V::T>& row) {
+FASTSEP_NOINLINE void channels_last_two_rows(const ChannelsLastRun<typename V::T>& run, int64_t output_row_stride) {
+  using T = typename V::T;
+  using Reg = typename V::Reg;
+  constexpr int taps = 3;
+  constexpr T infinity = static_cast<T>(HUGE_VAL);
+  const Reg low = V::set1(run.clamp.low), high = V::set1(run.clamp.high);
+  const int64_t weight_stride = run.weight_stride, output_stride = run.output_stride;
+  int64_t offsets[Run + taps - 1];
+  FASTSEP_UNROLL
+  for (int i = 0; i < Run + taps - 1; ++i) offsets[i] = in_register(i * run.input_stride * int64_t(sizeof(T)));
+  ChannelsLastRun<T> rest = run;
+  for (; rest.channels >= V::width; rest.channels -= V::width) {
+    Reg weights[taps * taps], acc[2][Run];
+    const T* weight = rest.weight;
+    FASTSEP_UNROLL
+    for (int t = 0; t < taps * taps; ++t, weight += weight_stride) weights[t] = V::load(weight);
+    const Reg start = V::load(rest.start);
+    FASTSEP_UNROLL
+    for (int p = 0; p < Run; ++p) acc[0][p] = acc[1][p] = start;
+    const T* row = rest.input;
+    FASTSEP_UNROLL
+    for (int i = 0; i < taps + 1; ++i, row += run.input_row_stride) {
+      FASTSEP_UNROLL
+      for (int column = 0; column < Run + taps - 1; ++column) {
+        const Reg x = V::in_register(V::load(bytes_on(row, offsets[column])));
+        FASTSEP_UNROLL
+        for (int s = taps - 1; s >= 0; --s) {
+          const int p = column - s;
+          if (p < 0 || p >= Run) continue;
+          if (i < taps) acc[0][p] = V::fma(x, weights[i * taps + s], acc[0][p]);
+          if (i > 0) acc[1][p] = V::fma(x, weights[(i - 1) * taps + s], acc[1][p]);
+        }
+      }
+    }
+    const auto finish = [&](auto clamp) FASTSEP_INLINE_LAMBDA {
+      FASTSEP_UNROLL
+      for (int o = 0; o < 2; ++o) {
+        FASTSEP_UNROLL
+        for (int p = 0; p < Run; ++p)
+          V::store(rest.output + o * output_row_stride + p * output_stride, clamp(acc[o][p]));
+      }
+    };
+    // The minimum that identity and relu do without would take a tenth of the tile's time.
+    if (run.clamp.high < infinity)
+      finish([&](Reg sum) FASTSEP_INLINE_LAMBDA { return V::min(high, V::max(low, sum)); });
+    else
+      finish([&](Reg sum) FASTSEP_INLINE_LAMBDA { return V::max(low, sum); });
+    rest.input += V::width;
+    rest.weight += V::width;
+    rest.start += V::width;
+    rest.output += run.output_vector_stride;
+  }
+  if (rest.channels == 0) return;
+  channels_last_depthwise<V, Run>(rest);
+  rest.input += run.input_row_stride;
+  rest.output += output_row_stride;
+  channels_last_depthwise<V, Run>(rest);
+}
+
+// A row whose taps are neighbours, or whose pixels do not share any. With an output_row_stride also the row below,
+// where all taps of both are inside the plane from top to bottom.
+template <class V, int Run>
+void channels_last_pieces(const ChannelsLastRow<typename V::T>& row, int64_t output_row_stride = 0) {
   // The taps inside the plane: top + r * dilation_h from 0 to height - 1.
   const int64_t first = row.top < 0 ? smaller((-row.top + row.dilation_h - 1) / row.dilation_h, row.taps_h) : 0;
   const int64_t below = row.height - row.top;
@@ -204,6 +287,22 @@ void channels_last_pieces(const ChannelsLastRow<typename V::T>& row) {
     run.input = row.plane + (row.top + first * row.dilation_h) * row.row_stride + left * row.pixel_stride;
     run.start = row.start + from * row.start_stride;
     run.output = row.output + from * row.output_stride;
+    if constexpr (V::large_depthwise_tiles) {
+      if (output_row_stride != 0) {
+        const bool inside = run.column_begin == 0 && run.column_end == needed;
+        if (inside && run.pixels == Run) {
+          channels_last_two_rows<V, Run>(run, output_row_stride);
+          continue;
+        }
+        if (inside && run.pixels == Run - 1) {
+          channels_last_two_rows<V, Run - 1>(run, output_row_stride);
+          continue;
+        }
+        channels_last_depthwise<V, Run>(run);
+        run.input += row.row_stride;
+        run.output += output_row_stride;
+      }
+    }
     channels_last_depthwise<V, Run>(run);
   }
 }
@@ -230,144 +329,22 @@ void channels_last_row(const ChannelsLastRow<typename V::T>& row) {
   }
 }
 
-// ---- NCHW ---------------------------------------------------------------------------------------------------------
-
-// One channel of a tile. Its input rows have been copied into rows of zeros as wide as the padding asks, the columns
-// of each sorted by their remainder modulo stride_w, so that every tap of every stride is a plain unit-stride run:
-// output column ox, tap s stands at row[tap_offset(s) + ox]. Rows outside the plane are one row of zeros.
-template <class T>
-struct PlanarChannel {
-  const T* const* rows;  // one pointer for each input row of the tile, from the first tap of the first output row
-  int64_t stride_h, dilation_h;
-  int64_t taps_h, taps_w;
-  const int64_t* tap_offset;  // [taps_w]
-  const T* weight;            // [taps_h][taps_w]
-  T bias;
-  Clamp<T> clamp;
-  T* output;  // output row y at output + y * output_stride; may run over its end by one vector
-  int64_t output_stride, out_rows, columns;
-};
-
-constexpr int planar_block = 4;
-
-// Four output rows of Vectors vectors at a time, so that a weight, and for Taps x Taps with vertical stride StrideH and
-// no dilation also an input vector, is loaded once for several FMAs. 3 x 3, stride 1: nine weights resident, 6 rows x
-// 3 loads for 36 FMAs; 4 sums + 9 weights + 1 input are 14 registers. Larger kernels keep their broadcast weights in
-// memory: with 2 vectors, 7 x 7 has 49 x 4 weight loads and 10 x 7 x 2 unaligned input loads for 392 FMAs.
-// Taps = 0: any kernel.
-template <class V, int Taps, int StrideH, int Vectors>
-FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
-  using T = typename V::T;
-  using Reg = typename V::Reg;
-  constexpr int block = planar_block;
-  const Reg low = V::set1(channel.clamp.low), high = V::set1(channel.clamp.high);
-  constexpr int known = Taps > 0 ? Taps * Taps : 1;
-  Reg weights[known];
-  FASTSEP_UNROLL
-  for (int i = 0; i < known; ++i) weights[i] = V::set1(channel.weight[i]);
-  int64_t offsets[Taps > 0 ? Taps : 1];
-  for (int s = 0; s < Taps; ++s) offsets[s] = channel.tap_offset[s];
-  for (int64_t y = 0; y < channel.out_rows; y += block) {
-    const T* const* rows = channel.rows + y * channel.stride_h;
-    const int64_t count = smaller<int64_t>(block, channel.out_rows - y);
-    for (int64_t next = 0; next < channel.columns; next += Vectors * V::width) {
-      // The last vectors of a row move back to end with it. Where a row is shorter than a vector, what is stored
-      // behind its end is overwritten by the next row.
-      int64_t x[Vectors];
-      FASTSEP_UNROLL
-      for (int v = 0; v < Vectors; ++v)
-        x[v] = larger<int64_t>(0, smaller(next + v * V::width, channel.columns - V::width));
-      Reg acc[block][Vectors];
-      FASTSEP_UNROLL
-      for (int b = 0; b < block; ++b) {
-        FASTSEP_UNROLL
-        for (int v = 0; v < Vectors; ++v) acc[b][v] = V::set1(channel.bias);
-      }
-      if constexpr (Taps > 0) {
-        constexpr int input_rows = (block - 1) * StrideH + Taps;
-        FASTSEP_UNROLL
-        for (int i = 0; i < input_rows; ++i) {
-          FASTSEP_UNROLL
-          for (int s = 0; s < Taps; ++s) {
-            Reg input[Vectors];
-            FASTSEP_UNROLL
-            for (int v = 0; v < Vectors; ++v) input[v] = V::in_register(V::load(rows[i] + x[v] + offsets[s]));
-            FASTSEP_UNROLL
-            for (int b = 0; b < block; ++b) {
-              const int r = i - b * StrideH;
-              if (r < 0 || r >= Taps) continue;
-              FASTSEP_UNROLL
-              for (int v = 0; v < Vectors; ++v) acc[b][v] = V::fma(input[v], weights[r * Taps + s], acc[b][v]);
-            }
-          }
-        }
-      } else {
-        const T* weight = channel.weight;
-        for (int64_t r = 0; r < channel.taps_h; ++r) {
-          const T* const* tap_rows = rows + r * channel.dilation_h;
-          for (int64_t s = 0; s < channel.taps_w; ++s, ++weight) {
-            const Reg w = V::set1(*weight);
-            FASTSEP_UNROLL
-            for (int b = 0; b < block; ++b) {
-              const T* row = tap_rows[b * channel.stride_h] + channel.tap_offset[s];
-              FASTSEP_UNROLL
-              for (int v = 0; v < Vectors; ++v) acc[b][v] = V::fma(V::load(row + x[v]), w, acc[b][v]);
-            }
-          }
-        }
-      }
-      T* output = channel.output + y * channel.output_stride;
-      FASTSEP_UNROLL
-      for (int b = 0; b < block; ++b) {
-        if (b >= count) break;
-        FASTSEP_UNROLL
-        for (int v = 0; v < Vectors; ++v)
-          V::store(output + b * channel.output_stride + x[v], V::min(high, V::max(low, acc[b][v])));
-      }
-    }
-  }
-}
-
-// The same with every tap tested against the plane: for weights that are not finite, which zeros would turn into NaN.
-template <class T>
-FASTSEP_NOINLINE void planar_depthwise_inside(const PlanarChannel<T>& channel, const T* zeros, int64_t left,
-                                              int64_t width, int64_t stride_w, int64_t dilation_w) {
-  for (int64_t y = 0; y < channel.out_rows; ++y) {
-    for (int64_t x = 0; x < channel.columns; ++x) {
-      T sum = channel.bias;
-      for (int64_t r = 0; r < channel.taps_h; ++r) {
-        const T* row = channel.rows[y * channel.stride_h + r * channel.dilation_h];
-        for (int64_t s = 0; s < channel.taps_w; ++s) {
-          const int64_t column = left + x * stride_w + s * dilation_w;
-          if (row == zeros || column < 0 || column >= width) continue;
-          sum += row[channel.tap_offset[s] + x] * channel.weight[r * channel.taps_w + s];
-        }
-      }
-      if (sum < channel.clamp.low) sum = channel.clamp.low;
-      if (sum > channel.clamp.high) sum = channel.clamp.high;
-      channel.output[y * channel.output_stride + x] = sum;
-    }
-  }
-}
-
-// Two vectors where a row has them, but for 3 x 3, whose resident weights leave no registers for it on AVX2.
-template <class V, int Taps, int StrideH>
-void planar_rows_for(const PlanarChannel<typename V::T>& channel) {
-  if (Taps != 3 && channel.columns > V::width) return planar_rows<V, Taps, StrideH, 2>(channel);
-  planar_rows<V, Taps, StrideH, 1>(channel);
-}
-
+// Whether channels_last_two_rows() is for this problem.
 template <class V>
-void planar_depthwise(const PlanarChannel<typename V::T>& channel) {
-  if (channel.taps_h == channel.taps_w && channel.dilation_h == 1) {
-    if (channel.stride_h == 1) {
-      if (channel.taps_h == 3) return planar_rows_for<V, 3, 1>(channel);
-      if (channel.taps_h == 5) return planar_rows_for<V, 5, 1>(channel);
-      if (channel.taps_h == 7) return planar_rows_for<V, 7, 1>(channel);
-    }
-    if (channel.stride_h == 2 && channel.taps_h == 3) return planar_rows_for<V, 3, 2>(channel);
-  }
-  planar_rows_for<V, 0, 0>(channel);
+bool takes_two_rows(const Problem& p) {
+  return V::large_depthwise_tiles && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 &&
+         p.dilation_h == 1 && p.dilation_w == 1;
+}
+
+// Such a problem's row, with a bias to start from, and the one below it.
+template <class V, int Run>
+void channels_last_rows(const ChannelsLastRow<typename V::T>& row, int64_t output_row_stride) {
+  if (row.top >= 0 && row.top + row.taps_h < row.height) return channels_last_pieces<V, Run>(row, output_row_stride);
+  ChannelsLastRow<typename V::T> below = row;
+  below.top += 1;
+  below.output += output_row_stride;
+  channels_last_row<V, Run>(row);
+  channels_last_row<V, Run>(below);
 }
 
 }  // namespace

@@ -34,11 +34,11 @@ void transpose_any(const void* from, int64_t rows, int64_t columns, int64_t from
   transpose<V>(static_cast<const T*>(from), rows, columns, from_stride, static_cast<T*>(to), to_stride);
 }
 
-// The peak that the kernels are measured against: sums in as many registers as hide any FMA's latency (2 per cycle
-// x 5 cycles at most), nothing loaded or stored.
-template <class V>
+// The peak that the kernels are measured against: as many sums as the product's tile has, nothing loaded or stored.
+// Those hide any FMA's latency, 2 x 5 cycles on AVX2 and AVX-512, 4 x 4 cycles on the widest ARM cores.
+template <class V, class Shape>
 FASTSEP_NOINLINE double fma_chain(int64_t rounds) {
-  constexpr int chains = 12;
+  constexpr int chains = Shape::rows * Shape::columns;
   typename V::Reg acc[chains];
   FASTSEP_UNROLL
   for (int i = 0; i < chains; ++i) acc[i] = V::set1(typename V::T(i));
@@ -71,6 +71,6 @@ FASTSEP_NOINLINE double fma_chain(int64_t rounds) {
       isa_::finish_depthwise<isa_::Vec<element>, Shape>,                                                               \
       isa_::finish_pointwise<isa_::Vec<element>, Shape>,                                                               \
       isa_::transpose_any<isa_::Vec<element>>,                                                                         \
-      isa_::fma_chain<isa_::Vec<element>>};
+      isa_::fma_chain<isa_::Vec<element>, Shape>};
 
 }  // namespace fastsep

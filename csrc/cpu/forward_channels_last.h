@@ -62,7 +62,10 @@ struct ForwardChannelsLast {
     row.output_stride = V::width;
     row.output_vector_stride = Rows * V::width;
     row.whole_vectors = true;
-    for (int64_t r = 0; r < groups.runs; ++r) {
+    const int64_t below = groups.per_run * elements;  // from a group to that of the row below
+    int64_t rows;
+    for (int64_t r = 0; r < groups.runs; r += rows, out += (rows - 1) * below) {
+      rows = takes_two_rows<V>(p) && r + 1 < groups.runs ? 2 : 1;
       for (int64_t g = 0; g < groups.per_run; ++g, out += elements) {
         const int64_t begin = groups.begin(g), end = groups.begin(g + 1);
         for (int64_t pixel = begin; pixel < end; pixel += row.pixels) {
@@ -71,7 +74,10 @@ struct ForwardChannelsLast {
           row.left = (tile.column_begin + column) * p.stride_w - p.pad_left;
           row.pixels = smaller(columns - column, end - pixel);
           row.output = out + (pixel - begin) * V::width;
-          channels_last_row<V, Run>(row);
+          if (rows == 2)
+            channels_last_rows<V, Run>(row, below);
+          else
+            channels_last_row<V, Run>(row);
         }
       }
     }
@@ -81,7 +87,10 @@ struct ForwardChannelsLast {
   static void run_depthwise(const ForwardPlan& plan, const Tile& tile, T* scratch) {
     const Problem& p = plan.problem;
     const int64_t columns = tile.column_end - tile.column_begin, depth = p.channels * p.multiplier;
-    for (int64_t oy = tile.row_begin; oy < tile.row_end; ++oy) {
+    const int64_t below = plan.out_width * depth;
+    int64_t rows;
+    for (int64_t oy = tile.row_begin; oy < tile.row_end; oy += rows) {
+      rows = takes_two_rows<V>(p) && p.multiplier == 1 && oy + 1 < tile.row_end ? 2 : 1;
       T* const output = static_cast<T*>(plan.output) +
                         ((tile.image * plan.out_height + oy) * plan.out_width + tile.column_begin) * depth;
       T* const filtered = p.multiplier == 1 ? output : scratch;
@@ -94,11 +103,15 @@ struct ForwardChannelsLast {
         row.output_stride = p.channels;
         row.output_vector_stride = V::width;
         row.whole_vectors = false;
-        channels_last_row<V, Run>(row);
+        if (rows == 2)
+          channels_last_rows<V, Run>(row, below);
+        else
+          channels_last_row<V, Run>(row);
         if (p.multiplier > 1)
           for (int64_t i = 0; i < columns * p.channels; ++i) output[i * p.multiplier + filter] = filtered[i];
       }
-      if (!is_clamp(p.mid_activation)) activate<V>(p.mid_activation, output, columns * depth);
+      if (!is_clamp(p.mid_activation))
+        for (int64_t i = 0; i < rows; ++i) activate<V>(p.mid_activation, output + i * below, columns * depth);
     }
   }
 

@@ -10,7 +10,7 @@
 
 #include <string.h>
 
-#include "depthwise.h"
+#include "depthwise_planar.h"
 #include "kernel.h"
 #include "pointwise.h"
 

@@ -5,6 +5,10 @@
 
 #include "kernel.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace fastsep {
 namespace {
 
@@ -38,7 +42,13 @@ bool isa_supported(Isa isa) {
     case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
 #if defined(__aarch64__)
-    case Isa::neon: return true;  // part of the architecture's baseline
+    // In every such processor, but Linux may have been told not to use it. macOS (hw.optional.AdvSIMD) always does.
+    case Isa::neon:
+#if defined(__linux__)
+      return (getauxval(AT_HWCAP) & HWCAP_ASIMD) != 0;
+#else
+      return true;
+#endif
 #endif
     default: return false;
   }

@@ -4,6 +4,9 @@
 //
 // A is broadcast one element at a time, B is loaded in vectors, C has contiguous rows. The products of the
 // forward and the backward pass are this one with other strides.
+//
+// Where an FMA can take its factor from any lane of a register, A is loaded in vectors too: along the rows where these
+// are neighbours (RowStride 1), else along k.
 #pragma once
 
 #include "activation.h"
@@ -17,7 +20,8 @@ template <class T>
 struct Product {
   // A[i][k] for k = group * depth + block * block_depth + p stands at
   //   a[i * RowStride + (group * blocks + block) * a_block_stride + p * a_stride],
-  // where the last block of each group may be shorter. RowStride is a constant, so that one pointer walks all rows.
+  // where the last block of each group may be shorter. RowStride is a constant, so that one pointer walks all rows. It
+  // is 1, or a_stride is 1 and b_stride a panel; where it is V::width, so is block_depth.
   const T* a;
   int64_t groups, depth, block_depth;
   int64_t a_block_stride, a_stride;
@@ -36,7 +40,59 @@ struct Product {
   int64_t column_count;
 };
 
-template <class V, int Rows, int Columns, int RowStride>
+// acc += A * B for Depth neighbouring k.
+template <class V, int Rows, int Columns, int RowStride, int Depth>
+FASTSEP_INLINE void multiply_step(const typename V::T* a, int64_t a_stride, const typename V::T* b, int64_t b_stride,
+                                  typename V::Reg (&acc)[Rows][Columns]) {
+  using Reg = typename V::Reg;
+  Reg b_row[Columns];
+  const auto load_row = [&](int k) FASTSEP_INLINE_LAMBDA {
+    FASTSEP_UNROLL
+    for (int j = 0; j < Columns; ++j) b_row[j] = V::load(b + k * b_stride + j * V::width);
+  };
+  if constexpr (V::has_fma_lane && RowStride == 1) {
+    FASTSEP_UNROLL
+    for (int k = 0; k < Depth; ++k) {
+      // The last vector moves back to end with the rows, where they are no fewer than a vector.
+      constexpr int parts = (Rows + V::width - 1) / V::width, last = Rows < V::width ? 0 : Rows - V::width;
+      Reg a_column[parts];
+      FASTSEP_UNROLL
+      for (int part = 0; part < parts - 1; ++part) a_column[part] = V::load(a + k * a_stride + part * V::width);
+      a_column[parts - 1] = V::load_n(a + k * a_stride + last, Constant<Rows - last>());
+      load_row(k);
+      for_each_constant<Rows>([&](auto row) FASTSEP_INLINE_LAMBDA {
+        constexpr int i = decltype(row)::value, part = i / V::width;
+        constexpr int lane = part < parts - 1 ? i % V::width : i - last;
+        FASTSEP_UNROLL
+        for (int j = 0; j < Columns; ++j)
+          acc[i][j] = V::fma_lane(b_row[j], a_column[part], Constant<lane>(), acc[i][j]);
+      });
+    }
+  } else if constexpr (Depth > 1) {
+    static_assert(Depth == V::width, "one vector of each row of A");
+    Reg a_row[Rows];
+    FASTSEP_UNROLL
+    for (int i = 0; i < Rows; ++i) a_row[i] = V::load(a + i * RowStride);
+    for_each_constant<Depth>([&](auto lane) FASTSEP_INLINE_LAMBDA {
+      load_row(lane);
+      FASTSEP_UNROLL
+      for (int i = 0; i < Rows; ++i) {
+        FASTSEP_UNROLL
+        for (int j = 0; j < Columns; ++j) acc[i][j] = V::fma_lane(b_row[j], a_row[i], lane, acc[i][j]);
+      }
+    });
+  } else {
+    load_row(0);
+    FASTSEP_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      const Reg a_element = V::set1(a[i * RowStride]);
+      FASTSEP_UNROLL
+      for (int j = 0; j < Columns; ++j) acc[i][j] = V::fma(a_element, b_row[j], acc[i][j]);
+    }
+  }
+}
+
+template <class V, int Rows, int Columns, int RowStride, int Panel>
 FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
   using T = typename V::T;
   using Reg = typename V::Reg;
@@ -56,21 +112,18 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
   }
   const T* b = product.b;
   const T* a_block = product.a;
-  const int64_t a_stride = product.a_stride, b_stride = product.b_stride;
+  const int64_t a_stride = RowStride == 1 ? product.a_stride : 1, b_stride = RowStride == 1 ? product.b_stride : Panel;
+  constexpr int step = V::has_fma_lane ? V::width : 1;
+  // Where a step is a whole block, the compiler shall see that it is the only one.
+  const int64_t block_depth = step > 1 && RowStride == V::width ? V::width : product.block_depth;
   for (int64_t group = 0; group < product.groups; ++group) {
-    for (int64_t left = product.depth; left > 0; left -= product.block_depth, a_block += product.a_block_stride) {
+    for (int64_t left = product.depth; left > 0; left -= block_depth, a_block += product.a_block_stride) {
       const T* a = a_block;
-      for (int64_t k = smaller(left, product.block_depth); k > 0; --k, a += a_stride, b += b_stride) {
-        Reg b_row[Columns];
-        FASTSEP_UNROLL
-        for (int j = 0; j < Columns; ++j) b_row[j] = V::load(b + j * V::width);
-        FASTSEP_UNROLL
-        for (int i = 0; i < Rows; ++i) {
-          const Reg a_element = V::set1(a[i * RowStride]);
-          FASTSEP_UNROLL
-          for (int j = 0; j < Columns; ++j) acc[i][j] = V::fma(a_element, b_row[j], acc[i][j]);
-        }
-      }
+      int64_t k = smaller(left, block_depth);
+      for (; k >= step; k -= step, a += step * a_stride, b += step * b_stride)
+        multiply_step<V, Rows, Columns, RowStride, step>(a, a_stride, b, b_stride, acc);
+      for (; step > 1 && k > 0; --k, a += a_stride, b += b_stride)
+        multiply_step<V, Rows, Columns, RowStride, 1>(a, a_stride, b, b_stride, acc);
     }
   }
 
@@ -91,15 +144,15 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
 }
 
 // The tile with as many rows and columns as the end of a plane or panel leaves.
-template <class V, int Rows, int Columns, int RowStride>
+template <class V, int Rows, int Columns, int RowStride, int Panel = Columns * V::width>
 void multiply(const Product<typename V::T>& product, int64_t rows, int64_t columns) {
   if constexpr (Columns > 1) {
-    if (columns < Columns) return multiply<V, Rows, Columns - 1, RowStride>(product, rows, columns);
+    if (columns < Columns) return multiply<V, Rows, Columns - 1, RowStride, Panel>(product, rows, columns);
   }
   if constexpr (Rows > 1) {
-    if (rows < Rows) return multiply<V, Rows - 1, Columns, RowStride>(product, rows, columns);
+    if (rows < Rows) return multiply<V, Rows - 1, Columns, RowStride, Panel>(product, rows, columns);
   }
-  multiply_tile<V, Rows, Columns, RowStride>(product);
+  multiply_tile<V, Rows, Columns, RowStride, Panel>(product);
 }
 
 // In blocks of Block x Block, which neither side is shorter than; the last ones move back to end with the matrix.

@@ -25,6 +25,15 @@ struct Constant {
   constexpr operator int() const { return N; }
 };
 
+// f(Constant<0>()), ..., f(Constant<N - 1>()): a loop whose counter is known when the code is compiled.
+template <int N, int I = 0, class F>
+FASTSEP_INLINE void for_each_constant(const F& f) {
+  if constexpr (I < N) {
+    f(Constant<I>());
+    for_each_constant<N, I + 1>(f);
+  }
+}
+
 template <class A>
 FASTSEP_INLINE A smaller(A a, A b) {
   return b < a ? b : a;
@@ -37,6 +46,18 @@ FASTSEP_INLINE A larger(A a, A b) {
 
 FASTSEP_INLINE int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
+}
+
+// a, which the compiler may not compute again from what it was computed from.
+FASTSEP_INLINE int64_t in_register(int64_t a) {
+  asm("" : "+r"(a));
+  return a;
+}
+
+// As an offset for which ARM's vector loads have an addressing mode, unlike one in elements.
+template <class T>
+FASTSEP_INLINE const T* bytes_on(const T* p, int64_t bytes) {
+  return reinterpret_cast<const T*>(reinterpret_cast<const char*>(p) + bytes);
 }
 
 // Where part i begins when `size` is cut into `parts` that differ by one at most.

@@ -32,8 +32,10 @@ class Numbers {
   Guarded drawn(int64_t count) {
     Guarded memory(static_cast<size_t>(count) * sizeof(T), tight_, sizeof(T));
     std::uniform_int_distribution<int> whole(-2, 2);
-    std::uniform_real_distribution<double> real(-1, 1);
-    for (int64_t i = 0; i < count; ++i) memory.as<T>()[i] = static_cast<T>(integers_ ? whole(random_) : real(random_));
+    // Not std::uniform_real_distribution, which takes logarithms in long double for each number: on ARM those are
+    // numbers of 128 bits, in software.
+    const auto real = [&] { return static_cast<double>(random_()) / (int64_t{1} << 31) - 1; };
+    for (int64_t i = 0; i < count; ++i) memory.as<T>()[i] = static_cast<T>(integers_ ? whole(random_) : real());
     return memory;
   }
   Guarded unwritten(int64_t count) const {

@@ -1,4 +1,6 @@
-// Runs every kernel that this processor has over the table of cases.
+// Runs every kernel that this processor has over the table of cases; with --share I/N, every N-th from the I-th on.
+#include <cstdio>
+#include <cstring>
 #include <iostream>
 
 #include "harness.h"
@@ -59,11 +61,12 @@ void run_case(const Kernel& kernel, const Case& c, Layout layout) {
   }
 }
 
-int run(const std::vector<std::string>& paths) {
+int run(const std::vector<std::string>& paths, int share, int shares) {
   std::vector<Case> cases;
   for (const std::string& path : paths)
     for (const Case& c : read_cases(path)) cases.push_back(c);
-  for (const Kernel* kernel : kernels) {
+  for (int i = share - 1; i < kernel_count(); i += shares) {
+    const Kernel* const kernel = kernels[i];
     if (!isa_available(kernel->isa)) {
       std::cout << kernel->name << ": not on this processor\n";
       continue;
@@ -72,7 +75,7 @@ int run(const std::vector<std::string>& paths) {
     for (const Case& c : cases)
       for (Layout layout : {Layout::nchw, Layout::nhwc}) run_case(*kernel, c, layout);
     test_series(*kernel);
-    std::cout << kernel->name << ": " << cases.size() << " cases, " << tally.checks - before << " checks\n";
+    std::cout << kernel->name << ": " << cases.size() << " cases, " << tally.checks - before << " checks" << std::endl;
   }
   for (const Case& c : cases)
     if (c.problem.batch > 0 && c.problem.pad_top < c.problem.height && c.problem.expand.channels == 0) {
@@ -87,9 +90,13 @@ int run(const std::vector<std::string>& paths) {
 }  // namespace fastsep_tests
 
 int main(int argc, char** argv) {
-  if (argc < 2) {
-    std::cerr << "usage: fastsep_tests cases.txt ...\n";
+  int first = 1, share = 1, shares = 1;
+  if (argc > 2 && std::strcmp(argv[1], "--share") == 0) {
+    first = std::sscanf(argv[2], "%d/%d", &share, &shares) == 2 && 0 < share && share <= shares ? 3 : argc;
+  }
+  if (argc <= first) {
+    std::cerr << "usage: fastsep_tests [--share I/N] cases.txt ...\n";
     return 2;
   }
-  return fastsep_tests::run({argv + 1, argv + argc});
+  return fastsep_tests::run({argv + first, argv + argc}, share, shares);
 }

@@ -8,7 +8,10 @@
 //   that is larger, `block` x `block`.
 // * in_register(a) is a, which the compiler may not turn back into a memory operand: GCC would load a value again for
 //   each of its uses.
-// * max(a, b) and min(a, b) give b where either is NaN, so the value that may be NaN goes second.
+// * large_depthwise_tiles: whether 3 x 3 takes two rows of pixels at a time in channels-last, two vectors in NCHW.
+//   That pays where a load costs as much of the front end as an FMA; on AVX-512 two vectors gained nothing.
+// * max(a, b) and min(a, b) are NaN where b is; the value that may be NaN goes second.
+// * fma_lane(a, b, lane, c) is a * b[lane] + c; only where has_fma_lane says that it is one instruction.
 // * where_at_most(a, b, x, y) gives x where a <= b, else y, also where a or b is NaN.
 #pragma once
 
@@ -34,6 +37,7 @@ struct Vec<float> {
   using T = float;
   using Reg = __m512;
   static constexpr int width = 16, block = 8;
+  static constexpr bool has_fma_lane = false, large_depthwise_tiles = false;
 
   static __mmask16 head(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -77,6 +81,7 @@ struct Vec<double> {
   using T = double;
   using Reg = __m512d;
   static constexpr int width = 8, block = 4;
+  static constexpr bool has_fma_lane = false, large_depthwise_tiles = false;
 
   static __mmask8 head(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
 

@@ -1,0 +1,154 @@
+// The depthwise tile along pixels, for NCHW: see depthwise.h, which has the formula.
+#pragma once
+
+#include "activation.h"
+#include "vector.h"
+
+namespace fastsep {
+namespace FASTSEP_ISA {
+namespace {
+
+// One channel of a tile. Its input rows have been copied into rows of zeros as wide as the padding asks, the columns
+// of each sorted by their remainder modulo stride_w, so that every tap of every stride is a plain unit-stride run:
+// output column ox, tap s stands at row[tap_offset(s) + ox]. Rows outside the plane are one row of zeros.
+template <class T>
+struct PlanarChannel {
+  const T* const* rows;  // one pointer for each input row of the tile, from the first tap of the first output row
+  int64_t stride_h, dilation_h;
+  int64_t taps_h, taps_w;
+  const int64_t* tap_offset;  // [taps_w]
+  const T* weight;            // [taps_h][taps_w]
+  T bias;
+  Clamp<T> clamp;
+  T* output;  // output row y at output + y * output_stride; may run over its end by one vector
+  int64_t output_stride, out_rows, columns;
+};
+
+constexpr int planar_block = 4;
+
+// Four output rows of Vectors vectors at a time, so that a weight, and for Taps x Taps with vertical stride StrideH and
+// no dilation also an input vector, is loaded once for several FMAs. 3 x 3, stride 1: nine weights resident, 6 rows x
+// 3 loads for 36 FMAs; 4 sums + 9 weights + 1 input are 14 registers. Larger kernels keep their broadcast weights in
+// memory: with 2 vectors, 7 x 7 has 49 x 4 weight loads and 10 x 7 x 2 unaligned input loads for 392 FMAs.
+// Taps = 0: any kernel.
+template <class V, int Taps, int StrideH, int Vectors>
+FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
+  using T = typename V::T;
+  using Reg = typename V::Reg;
+  constexpr int block = planar_block;
+  const Reg low = V::set1(channel.clamp.low), high = V::set1(channel.clamp.high);
+  constexpr int known = Taps > 0 ? Taps * Taps : 1;
+  Reg weights[known];
+  FASTSEP_UNROLL
+  for (int i = 0; i < known; ++i) weights[i] = V::set1(channel.weight[i]);
+  int64_t offsets[Taps > 0 ? Taps : 1];
+  for (int s = 0; s < Taps; ++s) offsets[s] = channel.tap_offset[s];
+  const int64_t output_stride = channel.output_stride;
+  for (int64_t y = 0; y < channel.out_rows; y += block) {
+    const T* const* rows = channel.rows + y * channel.stride_h;
+    const int64_t count = smaller<int64_t>(block, channel.out_rows - y);
+    for (int64_t next = 0; next < channel.columns; next += Vectors * V::width) {
+      // The last vectors of a row move back to end with it. Where a row is shorter than a vector, what is stored
+      // behind its end is overwritten by the next row.
+      int64_t x[Vectors];
+      FASTSEP_UNROLL
+      for (int v = 0; v < Vectors; ++v)
+        x[v] = larger<int64_t>(0, smaller(next + v * V::width, channel.columns - V::width));
+      Reg acc[block][Vectors];
+      FASTSEP_UNROLL
+      for (int b = 0; b < block; ++b) {
+        FASTSEP_UNROLL
+        for (int v = 0; v < Vectors; ++v) acc[b][v] = V::set1(channel.bias);
+      }
+      if constexpr (Taps > 0) {
+        constexpr int input_rows = (block - 1) * StrideH + Taps;
+        FASTSEP_UNROLL
+        for (int i = 0; i < input_rows; ++i) {
+          FASTSEP_UNROLL
+          for (int s = 0; s < Taps; ++s) {
+            Reg input[Vectors];
+            FASTSEP_UNROLL
+            for (int v = 0; v < Vectors; ++v) input[v] = V::in_register(V::load(rows[i] + x[v] + offsets[s]));
+            FASTSEP_UNROLL
+            for (int b = 0; b < block; ++b) {
+              const int r = i - b * StrideH;
+              if (r < 0 || r >= Taps) continue;
+              FASTSEP_UNROLL
+              for (int v = 0; v < Vectors; ++v) acc[b][v] = V::fma(input[v], weights[r * Taps + s], acc[b][v]);
+            }
+          }
+        }
+      } else {
+        const T* weight = channel.weight;
+        for (int64_t r = 0; r < channel.taps_h; ++r) {
+          const T* const* tap_rows = rows + r * channel.dilation_h;
+          for (int64_t s = 0; s < channel.taps_w; ++s, ++weight) {
+            const Reg w = V::set1(*weight);
+            FASTSEP_UNROLL
+            for (int b = 0; b < block; ++b) {
+              const T* row = tap_rows[b * channel.stride_h] + channel.tap_offset[s];
+              FASTSEP_UNROLL
+              for (int v = 0; v < Vectors; ++v) acc[b][v] = V::fma(V::load(row + x[v]), w, acc[b][v]);
+            }
+          }
+        }
+      }
+      T* output = channel.output + y * output_stride;
+      FASTSEP_UNROLL
+      for (int b = 0; b < block; ++b) {
+        if (b >= count) break;
+        FASTSEP_UNROLL
+        for (int v = 0; v < Vectors; ++v)
+          V::store(output + b * output_stride + x[v], V::min(high, V::max(low, acc[b][v])));
+      }
+    }
+  }
+}
+
+// The same with every tap tested against the plane: for weights that are not finite, which zeros would turn into NaN.
+template <class T>
+FASTSEP_NOINLINE void planar_depthwise_inside(const PlanarChannel<T>& channel, const T* zeros, int64_t left,
+                                              int64_t width, int64_t stride_w, int64_t dilation_w) {
+  for (int64_t y = 0; y < channel.out_rows; ++y) {
+    for (int64_t x = 0; x < channel.columns; ++x) {
+      T sum = channel.bias;
+      for (int64_t r = 0; r < channel.taps_h; ++r) {
+        const T* row = channel.rows[y * channel.stride_h + r * channel.dilation_h];
+        for (int64_t s = 0; s < channel.taps_w; ++s) {
+          const int64_t column = left + x * stride_w + s * dilation_w;
+          if (row == zeros || column < 0 || column >= width) continue;
+          sum += row[channel.tap_offset[s] + x] * channel.weight[r * channel.taps_w + s];
+        }
+      }
+      if (sum < channel.clamp.low) sum = channel.clamp.low;
+      if (sum > channel.clamp.high) sum = channel.clamp.high;
+      channel.output[y * channel.output_stride + x] = sum;
+    }
+  }
+}
+
+// Two vectors where a row has them, but for 3 x 3, whose resident weights leave no registers for it on AVX2, not
+// everywhere.
+template <class V, int Taps, int StrideH>
+void planar_rows_for(const PlanarChannel<typename V::T>& channel) {
+  if ((Taps != 3 || V::large_depthwise_tiles) && channel.columns > V::width)
+    return planar_rows<V, Taps, StrideH, 2>(channel);
+  planar_rows<V, Taps, StrideH, 1>(channel);
+}
+
+template <class V>
+void planar_depthwise(const PlanarChannel<typename V::T>& channel) {
+  if (channel.taps_h == channel.taps_w && channel.dilation_h == 1) {
+    if (channel.stride_h == 1) {
+      if (channel.taps_h == 3) return planar_rows_for<V, 3, 1>(channel);
+      if (channel.taps_h == 5) return planar_rows_for<V, 5, 1>(channel);
+      if (channel.taps_h == 7) return planar_rows_for<V, 7, 1>(channel);
+    }
+    if (channel.stride_h == 2 && channel.taps_h == 3) return planar_rows_for<V, 3, 2>(channel);
+  }
+  planar_rows_for<V, 0, 0>(channel);
+}
+
+}  // namespace
+}  // namespace FASTSEP_ISA
+}  // namespace fastsep
