@@ -143,6 +143,7 @@ struct ForwardChannelsLast {
     product.clamp = clamp_of<T>(p.activation);
     product.c_stride = p.out_channels;
     T* image = static_cast<T*>(plan.output) + tile.image * plan.out_height * plan.out_width * p.out_channels;
+    const T* const input = static_cast<const T*>(plan.input);
     // A panel of weights stays in cache for all pixels of the tile.
     for (int64_t k = tile.panel_begin; k < tile.panel_end; ++k) {
       product.b = packed<T>(plan, plan.layout.pointwise) + k * p.multiplier * p.channels * panel;
@@ -155,24 +156,25 @@ struct ForwardChannelsLast {
         for (int64_t g = 0; g < groups.per_run; ++g, product.a += elements) {
           const int64_t begin = groups.begin(g), pixels = groups.begin(g + 1) - begin;
           product.c = row + begin * p.out_channels;
+          // The input has the output's shape. It is added behind the activation: here, where that is no clamp.
+          const T* residual = p.residual ? input + (product.c - static_cast<T*>(plan.output)) : nullptr;
+          if (is_clamp(p.activation)) product.add = residual;
           multiply<V, Rows, Columns, V::width>(product, pixels, registers);
-          if (!is_clamp(p.activation))
-            for (int64_t i = 0; i < pixels; ++i)
-              activate<V>(p.activation, product.c + i * product.c_stride, product.column_count);
-          if (p.residual) add_input(plan, product.c, pixels, product.column_count);
+          if (is_clamp(p.activation)) continue;
+          for (int64_t i = 0; i < pixels; ++i) {
+            activate<V>(p.activation, product.c + i * product.c_stride, product.column_count);
+            if (p.residual)
+              add_row(residual + i * p.out_channels, product.column_count, product.c + i * p.out_channels);
+          }
         }
       }
     }
   }
 
-  // The input has the output's shape.
-  static void add_input(const ForwardPlan& plan, T* output, int64_t pixels, int64_t channels) {
-    const T* input = static_cast<const T*>(plan.input) + (output - static_cast<const T*>(plan.output));
-    for (int64_t i = 0; i < pixels; ++i, input += plan.problem.out_channels, output += plan.problem.out_channels) {
-      for (int64_t k = 0; k < channels; k += V::width) {
-        const int lanes = static_cast<int>(smaller<int64_t>(V::width, channels - k));
-        V::store_n(output + k, V::add(V::load_n(output + k, lanes), V::load_n(input + k, lanes)), lanes);
-      }
+  static void add_row(const T* from, int64_t channels, T* to) {
+    for (int64_t k = 0; k < channels; k += V::width) {
+      const int lanes = static_cast<int>(smaller<int64_t>(V::width, channels - k));
+      V::store_n(to + k, V::add(V::load_n(to + k, lanes), V::load_n(from + k, lanes)), lanes);
     }
   }
 

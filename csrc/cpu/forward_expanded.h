@@ -25,7 +25,7 @@ struct ForwardExpanded {
   struct Layout {
     int64_t rows;       // of e that a band sees
     int64_t kept_rows;  // of those that the next one sees too, at most
-    bool by_rows;       // x as rows with its padding, see take_rows(); else in blocks, see take_input()
+    bool by_rows;       // x as rows with its padding, see take_rows(); else in blocks, see take_patches()
     int64_t blocks;     // of V::width elements of a patch of x
     int64_t row_length;
     int64_t input, buffer, kept, groups, total;
@@ -91,16 +91,12 @@ struct ForwardExpanded {
     const auto groups = Plain::groups_of(plan, band.row_end - band.row_begin, plan.out_width);
     const int64_t row_elements = p.width * panel;
     T* const buffer = scratch + layout.buffer;
-    if (layout.by_rows)
-      take_rows(plan, band.image, {kept.end, seen.end}, layout, scratch + layout.input);
-    else
-      take_input(plan, band.image, {kept.end, seen.end}, layout, scratch + layout.input);
+    const T* const input = input_of(plan, band.image, {kept.end, seen.end}, layout, scratch + layout.input);
     for (int64_t q = 0; q < plan.layout.expand_panels; ++q) {
       const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
       T* const keep = scratch + layout.kept + q * layout.kept_rows * row_elements;
       memcpy(buffer, keep, static_cast<size_t>((kept.end - kept.begin) * row_elements) * sizeof(T));
-      expand(plan, q, channels, seen.end - kept.end, layout, scratch + layout.input,
-             buffer + (kept.end - seen.begin) * row_elements);
+      expand(plan, q, channels, seen.end - kept.end, layout, input, buffer + (kept.end - seen.begin) * row_elements);
       memcpy(keep, buffer + (next.begin - seen.begin) * row_elements,
              static_cast<size_t>((next.end - next.begin) * row_elements) * sizeof(T));
 
@@ -115,14 +111,50 @@ struct ForwardExpanded {
     Plain::pointwise_tile(plan, band, groups, scratch + layout.groups);
   }
 
-  // What rows [begin, end) of e are made of, in blocks of Rows pixels x width: for each pixel the patch of x, row by
-  // row. Outside of x it is zero.
-  static void take_input(const ForwardPlan& plan, int64_t image, const Interval& rows, const Layout& layout, T* to) {
+  // What the product makes rows [begin, end) of e from.
+  static const T* input_of(const ForwardPlan& plan, int64_t image, const Interval& rows, const Layout& layout,
+                           T* room) {
+    const Expansion& e = plan.problem.expand;
+    const T* plane = static_cast<const T*>(plan.input) + image * e.height * e.width * e.channels;
+    if (layout.by_rows) {
+      take_rows(plan, plane, rows, layout, room);
+    } else if (is_1x1(e)) {
+      // Pixels of as many channels as a vector has elements are such blocks as they lie.
+      if (e.channels == V::width) return plane + rows.begin * e.width * V::width;
+      take_pixels(plane + rows.begin * e.width * e.channels, (rows.end - rows.begin) * e.width, e.channels, room);
+    } else {
+      take_patches(plan, plane, rows, layout, room);
+    }
+    return room;
+  }
+
+  // Of the same pixels as the plane.
+  static bool is_1x1(const Expansion& e) {
+    return e.kernel_h * e.kernel_w * e.stride_h * e.stride_w == 1 && e.pad_top == 0 && e.pad_left == 0;
+  }
+
+  // Pixels in blocks of Rows pixels x width; behind the last channel of a block may stand anything.
+  static void take_pixels(const T* x, int64_t pixels, int64_t channels, T* to) {
+    const int64_t whole = channels / V::width, rest = channels % V::width;
+    for (int64_t pixel = 0; pixel < pixels; pixel += Rows) {
+      const int64_t count = smaller<int64_t>(Rows, pixels - pixel);
+      for (int64_t b = 0; b < whole; ++b, to += block)
+        for (int64_t i = 0; i < count; ++i) V::store(to + i * V::width, V::load(x + i * channels + b * V::width));
+      if (rest > 0) {
+        for (int64_t i = 0; i < count; ++i)
+          V::store(to + i * V::width, V::load_n(x + i * channels + whole * V::width, static_cast<int>(rest)));
+        to += block;
+      }
+      x += count * channels;
+    }
+  }
+
+  // For each pixel its patch of x, row by row, in blocks of Rows pixels x width. Outside of x it is zero.
+  static void take_patches(const ForwardPlan& plan, const T* plane, const Interval& rows, const Layout& layout, T* to) {
     const Problem& p = plan.problem;
     const Expansion& e = p.expand;
-    const T* plane = static_cast<const T*>(plan.input) + image * e.height * e.width * e.channels;
     const int64_t groups = ((rows.end - rows.begin) * p.width + Rows - 1) / Rows;
-    if (e.kernel_h * e.kernel_w > 1) memset(to, 0, static_cast<size_t>(groups * layout.blocks * block) * sizeof(T));
+    memset(to, 0, static_cast<size_t>(groups * layout.blocks * block) * sizeof(T));
     int64_t pixel = 0;
     for (int64_t y = rows.begin; y < rows.end; ++y) {
       for (int64_t x = 0; x < p.width; ++x, ++pixel) {
@@ -158,9 +190,8 @@ struct ForwardExpanded {
   // neighbouring pixels of an image are image_stride apart, three channels by a stride of two.
   static constexpr int image_stride = 6;
 
-  static void take_rows(const ForwardPlan& plan, int64_t image, const Interval& rows, const Layout& layout, T* to) {
+  static void take_rows(const ForwardPlan& plan, const T* plane, const Interval& rows, const Layout& layout, T* to) {
     const Expansion& e = plan.problem.expand;
-    const T* plane = static_cast<const T*>(plan.input) + image * e.height * e.width * e.channels;
     const int64_t before = smaller(layout.row_length, e.pad_left * e.channels);
     const int64_t inside = smaller(layout.row_length - before, e.width * e.channels);
     const int64_t first = rows.begin * e.stride_h - e.pad_top;

@@ -1,6 +1,6 @@
 // The matrix product, once, on the vector type: one register tile of
 //
-//   C[i][j] = clamp(start + sum over k of A[i][k] * B[k][j]),   i < Rows, j < Columns * width
+//   C[i][j] = clamp(start + sum over k of A[i][k] * B[k][j]) + add[i][j],   i < Rows, j < Columns * width
 //
 // A is broadcast one element at a time, B is loaded in vectors, C has contiguous rows. The products of the
 // forward and the backward pass are this one with other strides.
@@ -38,6 +38,8 @@ struct Product {
   T* c;
   int64_t c_stride;
   int64_t column_count;
+  // As C, or null for none.
+  const T* add = nullptr;
 };
 
 // acc += A * B for Depth neighbouring k.
@@ -97,18 +99,29 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
   using T = typename V::T;
   using Reg = typename V::Reg;
   Reg acc[Rows][Columns];
-  FASTSEP_UNROLL
-  for (int i = 0; i < Rows; ++i) {
+  if (product.start_stride == 0 && !product.start_along_rows) {
     FASTSEP_UNROLL
-    for (int j = 0; j < Columns; ++j)
-      acc[i][j] = product.start_along_rows ? V::set1(product.start[i])
-                                           : V::load(product.start + i * product.start_stride + j * V::width);
+    for (int j = 0; j < Columns; ++j) {
+      acc[0][j] = V::load(product.start + j * V::width);
+      FASTSEP_UNROLL
+      for (int i = 1; i < Rows; ++i) acc[i][j] = acc[0][j];
+    }
+  } else {
+    FASTSEP_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      FASTSEP_UNROLL
+      for (int j = 0; j < Columns; ++j)
+        acc[i][j] = product.start_along_rows ? V::set1(product.start[i])
+                                             : V::load(product.start + i * product.start_stride + j * V::width);
+    }
   }
 
+  const T* c_row = product.c;
   FASTSEP_UNROLL
   for (int i = 0; i < Rows; ++i) {
     FASTSEP_UNROLL
-    for (int j = 0; j < Columns; ++j) __builtin_prefetch(product.c + i * product.c_stride + j * V::width, 1);
+    for (int j = 0; j < Columns; ++j) __builtin_prefetch(c_row + j * V::width, 1);
+    c_row = in_register(c_row + product.c_stride);
   }
   const T* b = product.b;
   const T* a_block = product.a;
@@ -127,20 +140,37 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
     }
   }
 
+  // In registers, where no compiler has to ask whether a store may have changed them.
   const Reg low = V::set1(product.clamp.low), high = V::set1(product.clamp.high);
-  FASTSEP_UNROLL
-  for (int i = 0; i < Rows; ++i) {
-    T* c = product.c + i * product.c_stride;
+  const int64_t c_stride = product.c_stride, column_count = product.column_count;
+  const T* const add = product.add;
+  const auto finish = [&](auto is_whole, auto with_sum) FASTSEP_INLINE_LAMBDA {
+    // One pointer that walks: left to itself, GCC computes the addresses of all rows first and keeps them on the stack.
+    T* c = product.c;
+    const T* summand = add;
     FASTSEP_UNROLL
-    for (int j = 0; j < Columns; ++j) {
-      const Reg value = V::min(high, V::max(low, acc[i][j]));
-      const int64_t n = product.column_count - j * V::width;
-      if (n >= V::width)
-        V::store(c + j * V::width, value);
-      else if (n > 0)
-        V::store_n(c + j * V::width, value, static_cast<int>(n));
+    for (int i = 0; i < Rows; ++i) {
+      FASTSEP_UNROLL
+      for (int j = 0; j < Columns; ++j) {
+        Reg value = V::min(high, V::max(low, acc[i][j]));
+        if constexpr (decltype(is_whole)::value != 0) {
+          if constexpr (decltype(with_sum)::value != 0) value = V::add(value, V::load(summand + j * V::width));
+          V::store(c + j * V::width, value);
+        } else {
+          const auto lanes = static_cast<int>(smaller<int64_t>(V::width, column_count - j * V::width));
+          if (lanes <= 0) break;
+          if constexpr (decltype(with_sum)::value != 0) value = V::add(value, V::load_n(summand + j * V::width, lanes));
+          V::store_n(c + j * V::width, value, lanes);
+        }
+      }
+      c = in_register(c + c_stride);
+      if constexpr (decltype(with_sum)::value != 0) summand = in_register(summand + c_stride);
     }
-  }
+  };
+  if (column_count < Columns * V::width)
+    add == nullptr ? finish(Constant<0>(), Constant<0>()) : finish(Constant<0>(), Constant<1>());
+  else
+    add == nullptr ? finish(Constant<1>(), Constant<0>()) : finish(Constant<1>(), Constant<1>());
 }
 
 // The tile with as many rows and columns as the end of a plane or panel leaves.

@@ -49,7 +49,8 @@ FASTSEP_INLINE int64_t round_up(int64_t value, int64_t multiple) {
 }
 
 // a, which the compiler may not compute again from what it was computed from.
-FASTSEP_INLINE int64_t in_register(int64_t a) {
+template <class A>
+FASTSEP_INLINE A in_register(A a) {
   asm("" : "+r"(a));
   return a;
 }
