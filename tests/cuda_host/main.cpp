@@ -1,0 +1,101 @@
+// Runs the CUDA kernels' source on the host, over the table of cases.
+#include <cmath>
+#include <cstring>
+#include <iostream>
+
+#include "harness.h"
+
+namespace fastsep_tests {
+
+using namespace fastsep;
+
+Tally tally;
+
+const std::vector<Variant> variants = {{"f32", Dtype::f32, false, 0x1p-23, 0x1p-23},
+                                       {"tf32", Dtype::f32, true, 0x1p-23, 0x1p-10},
+                                       {"f16", Dtype::f16, false, 0x1p-10, 0x1p-10},
+                                       {"bf16", Dtype::bf16, false, 0x1p-7, 0x1p-7}};
+
+void expect(bool good, const std::string& what) {
+  ++tally.checks;
+  if (good) return;
+  ++tally.failures;
+  std::cerr << "FAILED " << what << "\n";
+}
+
+void expect(bool good, const Variant& variant, const Case& c, const Problem& p, const std::string& what) {
+  expect(good, std::string(variant.name) + (p.layout == Layout::nhwc ? " nhwc" : " nchw") +
+                   (p.out_channels == 0 ? " depthwise alone" : "") + ": " + what + "\n  " + c.line);
+}
+
+size_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+double rounded(Dtype dtype, double value) {
+  const float single = static_cast<float>(value);
+  if (dtype == Dtype::f16) return __half2float(__float2half_rn(single));
+  if (dtype == Dtype::bf16) return __bfloat162float(__float2bfloat16_rn(single));
+  return single;
+}
+
+Problem with_integer_activations(Problem p) {
+  const auto exact = [](Activation a) {
+    return a == Activation::identity || a == Activation::relu || a == Activation::relu6;
+  };
+  if (!exact(p.mid_activation)) p.mid_activation = Activation::relu6;
+  if (!exact(p.activation)) p.activation = Activation::identity;
+  return p;
+}
+
+double Tensor::at(int64_t index) const {
+  if (dtype == Dtype::f32) return memory.as<float>()[index];
+  if (dtype == Dtype::f16) return __half2float(memory.as<__half>()[index]);
+  return __bfloat162float(memory.as<__nv_bfloat16>()[index]);
+}
+
+Tensor unwritten(Dtype dtype, int64_t count, bool wide) {
+  const size_t size = element_size(dtype), bytes = static_cast<size_t>(count) * size;
+  Tensor tensor = {dtype, Guarded(bytes, wide ? Tight::begin : Tight::end, size), {}};
+  std::memset(tensor.memory.as(), 0xff, bytes);
+  return tensor;
+}
+
+Tensor drawn(Dtype dtype, int64_t count, bool integers, bool wide, std::mt19937& random) {
+  Tensor tensor = unwritten(dtype, count, wide);
+  std::uniform_int_distribution<int> whole(-2, 2);
+  std::uniform_real_distribution<double> real(-1, 1);
+  tensor.values.resize(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const double value = rounded(dtype, integers ? whole(random) : real(random));
+    tensor.values[static_cast<size_t>(i)] = value;
+    const float single = static_cast<float>(value);
+    if (dtype == Dtype::f32)
+      tensor.memory.as<float>()[i] = single;
+    else if (dtype == Dtype::f16)
+      tensor.memory.as<__half>()[i] = __float2half_rn(single);
+    else
+      tensor.memory.as<__nv_bfloat16>()[i] = __float2bfloat16_rn(single);
+  }
+  return tensor;
+}
+
+namespace {
+
+int run(const std::vector<std::string>& paths) {
+  std::vector<Case> cases;
+  for (const std::string& path : paths)
+    for (const Case& c : read_cases(path)) cases.push_back(c);
+  test_shim();
+  std::cout << tally.checks - tally.failures << " passed, " << tally.failures << " failed\n";
+  return tally.failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace fastsep_tests
+
+int main(int argc, char** argv) {
+  if (argc < 2) {
+    std::cerr << "usage: fastsep_cuda_host_tests cases.txt ...\n";
+    return 2;
+  }
+  return fastsep_tests::run({argv + 1, argv + argc});
+}
