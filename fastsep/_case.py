@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+from . import _native
 from ._activations import ACTIVATIONS
 
 DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16,
@@ -72,7 +73,7 @@ class Case:
         return (
             *(self.n, self.c, self.h, self.w, self.k, self.m, self.kh, self.kw, self.sh, self.sw),
             *(self.dh, self.dw, self.pt, self.pb, self.pl, self.pr),
-            *(int(self.dtype == "float64"), int(self.layout == "nhwc")),
+            *(_native.NUMBERS.get(DTYPES[self.dtype], -1), int(self.layout == "nhwc")),
             *(ACTIVATIONS[self.mid].code, ACTIVATIONS[self.act].code),
         )
 

@@ -1,4 +1,4 @@
-"""Types of the native module with the CUDA kernels; its sources are csrc/cuda/bindings.cpp and csrc/fastsep_cuda.h."""
+"""Types of the native module with the CUDA kernels; see csrc/cuda/bindings.cpp and csrc/fastsep_cuda.h."""
 
 def device_count() -> int:
     """Of the GPUs that the kernels' own CUDA runtime finds; 0 where there is no driver, or too old a one."""
@@ -11,9 +11,9 @@ def runtime_version() -> int:
 
 def derivative_from_output(activation: int) -> bool: ...
 
-# A problem is the 20 integers of _core.pyi, its dtype 0 float32, 2 float16 or 3 bfloat16. With tf32, products of
-# float32 may be rounded to it. Addresses are integers, 0 for a tensor that is not there; the stream is one of the
-# device. Calls are queued on the stream and never waited for.
+# A problem is the 20 integers of _core.pyi, its dtype 0 float32, 2 float16 or 3 bfloat16. With tf32, products
+# of float32 may be rounded to it. Addresses are integers, 0 for a tensor that is not there; the stream is one
+# of the device. Calls are queued on the stream and never waited for.
 # All raise ValueError for a problem that the kernels refuse, and RuntimeError for an error of CUDA.
 
 def forward_kernel_name(problem: tuple[int, ...], tf32: bool) -> str: ...
