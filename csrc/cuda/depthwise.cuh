@@ -46,6 +46,9 @@ struct DepthwiseParams {
   Divisor by_tiles, by_columns;
   // The general gradient: taps that reach one place are tap_step apart, the results they lead from result_step.
   int64_t tap_step_h, tap_step_w, result_step_h, result_step_w;
+  // The gradient of the weights: parts of part_size tiles, bands or pixels; rows of a band in shared memory.
+  int64_t parts, part_size;
+  int chunks, row_numbers;
 };
 
 constexpr int depthwise_threads = 256;
