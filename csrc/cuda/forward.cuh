@@ -126,8 +126,8 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) separable_forward
   };
   const auto copy_w = [&](int index) {
     if (index < chunks)
-      copy_pointwise<T, Tile::threads, Tile::columns>(
-          p, shared.ring + index % Tile::stages * of_stage + before_w, at.k, index * chunk<T>);
+      copy_pointwise<T, Tile::threads, Tile::columns>(p, shared.ring + index % Tile::stages * of_stage + before_w, at.k,
+                                                      index * chunk<T>);
     copy_commit();
   };
   constexpr int ahead = 2 * (Tile::stages - 1);  // groups that may still be under way
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) separable_forward
     copy_wait<ahead>();
     __syncthreads();  // A and W are there, and H is free
     copy_h(i + Tile::stages);
-    const int left = (p.depth - i * chunk<T>) * static_cast<int>(sizeof(T));
+    const int left = (p.depth - i * chunk<T>)*static_cast<int>(sizeof(T));
     sums.add(shared.a + warp_m * Tile::warp_rows * chunk_pitch,
              stage + before_w + warp_n * Tile::warp_columns * chunk_pitch,
              (min(left, chunk_bytes) + step_bytes - 1) / step_bytes, lane);

@@ -7,8 +7,8 @@
 namespace fastsep {
 namespace cuda {
 
-// Depthwise outputs of one lane at a time: a patch of pixels of `lane_channels` channels. For a 3 x 3 kernel of stride 1
-// it takes 4 x 6 reads for 8 x 9 products.
+// Depthwise outputs of one lane at a time: a patch of pixels of `lane_channels` channels. For a 3 x 3 kernel of stride
+// 1 it takes 4 x 6 reads for 8 x 9 products.
 constexpr int patch_h = 2, patch_w = 4;
 constexpr int patch = patch_h * patch_w;
 
@@ -37,12 +37,12 @@ struct Forward {
   // The input of a tile: halo_units copies of `unit` elements (nhwc: of a chunk of channels of one pixel). Element
   // (pixel, channel) of it is at pixel * pixel_pitch + channel * channel_pitch, pixels in rows of halo_w.
   int halo_h, halo_w, halo_units, unit, pixel_pitch, channel_pitch;
-  bool packed;           // nhwc with m = 1: a lane's channels are neighbours, read at once
-  bool wide_input;       // copied 16 bytes (nchw: 4 bytes) at a time
-  bool wide_depthwise;   // the same for the depthwise weights and bias,
-  bool wide_pointwise;   // the pointwise weights
-  bool wide_output;      // and the output, nhwc
-  bool weights_shared;   // the depthwise weights of a chunk are copied too
+  bool packed;                   // nhwc with m = 1: a lane's channels are neighbours, read at once
+  bool wide_input;               // copied 16 bytes (nchw: 4 bytes) at a time
+  bool wide_depthwise;           // the same for the depthwise weights and bias,
+  bool wide_pointwise;           // the pointwise weights
+  bool wide_output;              // and the output, nhwc
+  bool weights_shared;           // the depthwise weights of a chunk are copied too
   int halo_bytes, weight_bytes;  // of one stage
 };
 
@@ -95,11 +95,11 @@ __device__ __forceinline__ void fill_tables(const Forward& p, const Place& at, c
   const int64_t out_plane = static_cast<int64_t>(p.out_height) * p.out_width;
   for (int i = static_cast<int>(threadIdx.x); i < tile_rows; i += threads) {
     const int x = at.x + i % p.tile_w, y = at.y + i / p.tile_w % p.tile_h, image = i / p.tile_w / p.tile_h;
-    const bool inside =
-        image < p.tile_images && at.image + image < p.batch && y < p.out_height && x < p.out_width;
+    const bool inside = image < p.tile_images && at.image + image < p.batch && y < p.out_height && x < p.out_width;
     const int64_t pixel = static_cast<int64_t>(y) * p.out_width + x;
     shared.out_offset[i] =
-        !inside ? -1 : ((at.image + image) * out_plane + (p.planar ? 0 : pixel)) * p.out_channels + (p.planar ? pixel : 0);
+        !inside ? -1
+                : ((at.image + image) * out_plane + (p.planar ? 0 : pixel)) * p.out_channels + (p.planar ? pixel : 0);
   }
   const int across = (p.tile_w + patch_w - 1) / patch_w, down = (p.tile_h + patch_h - 1) / patch_h;
   for (int i = static_cast<int>(threadIdx.x); i < p.patches; i += threads) {
@@ -117,7 +117,8 @@ __device__ __forceinline__ void fill_tables(const Forward& p, const Place& at, c
     const int image = at.image + i / units / p.halo_h;
     const bool inside = x >= 0 && x < p.width && y >= 0 && y < p.height && image < p.batch;
     const int64_t pixel = static_cast<int64_t>(y) * p.width + x;
-    shared.halo_offset[i] = !inside ? -1 : (image * plane + (p.planar ? 0 : pixel)) * p.channels + (p.planar ? pixel : 0);
+    shared.halo_offset[i] =
+        !inside ? -1 : (image * plane + (p.planar ? 0 : pixel)) * p.channels + (p.planar ? pixel : 0);
   }
 }
 
@@ -262,8 +263,9 @@ __device__ __forceinline__ LaneChannels<T> lane_channels_of(const Forward& p, co
     lc.inside[v] = first + mine < p.depth;
     const int channel = lc.inside[v] ? mine : 0;  // something to read, where the result will be 0
     lc.channel[v] = (first + channel) / p.multiplier - first / p.multiplier;
-    lc.weights[v] = p.weights_shared ? copied + channel * taps
-                                     : static_cast<const T*>(p.depthwise_weight) + static_cast<int64_t>(first + channel) * taps;
+    lc.weights[v] = p.weights_shared
+                        ? copied + channel * taps
+                        : static_cast<const T*>(p.depthwise_weight) + static_cast<int64_t>(first + channel) * taps;
     lc.bias[v] = p.depthwise_bias != nullptr ? to_float(biases[channel]) : 0.f;
   }
   return lc;
@@ -281,8 +283,8 @@ __device__ __forceinline__ void add_taps_shared(const Forward& p, float (&sums)[
 #pragma unroll
       for (int v = 0; v < lanes; ++v) {
         const float weight = to_float(lc.weights[v][tap]);
-        const T* from = at + lc.channel[v] * p.channel_pitch +
-                        (r * p.dilation_h * p.halo_w + s * p.dilation_w) * p.pixel_pitch;
+        const T* from =
+            at + lc.channel[v] * p.channel_pitch + (r * p.dilation_h * p.halo_w + s * p.dilation_w) * p.pixel_pitch;
 #pragma unroll
         for (int i = 0; i < patch; ++i)
           sums[i * lanes + v] =
@@ -311,9 +313,8 @@ __device__ __forceinline__ void add_taps_global(const Forward& p, float (&sums)[
       for (int i = 0; i < patch; ++i) {
         const int at_y = in_y + i / patch_w * p.stride_h, at_x = in_x + i % patch_w * p.stride_w;
         if (at_y >= 0 && at_y < p.height && at_x >= 0 && at_x < p.width)
-          sums[i * lanes + v] =
-              fmaf(to_float(from[(static_cast<int64_t>(at_y) * p.width + at_x) * pixel_pitch]), weight,
-                   sums[i * lanes + v]);
+          sums[i * lanes + v] = fmaf(to_float(from[(static_cast<int64_t>(at_y) * p.width + at_x) * pixel_pitch]),
+                                     weight, sums[i * lanes + v]);
       }
     }
   }
