@@ -29,6 +29,12 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, bool whol
                : "memory");
 }
 
+// The same for 4 bytes, aligned to 4.
+__device__ __forceinline__ void copy_async_word(void* to, const void* from, bool whole) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(whole ? 4 : 0)
+               : "memory");
+}
+
 // Ends a group of copies.
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

@@ -52,5 +52,8 @@ Tensor drawn(fastsep::Dtype dtype, int64_t count, bool integers, bool wide, std:
 Tensor unwritten(fastsep::Dtype dtype, int64_t count, bool wide);
 
 void test_shim();
+// All checks of forward() on one case, in the problem's dtype and layout: small integers or reals, addresses aligned to
+// 16 bytes or to one element only.
+void test_forward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide);
 
 }  // namespace fastsep_tests

@@ -1,4 +1,5 @@
 // Runs the CUDA kernels' source on the host, over the table of cases.
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <iostream>
@@ -80,11 +81,37 @@ Tensor drawn(Dtype dtype, int64_t count, bool integers, bool wide, std::mt19937&
 
 namespace {
 
+// Integers and reals, each in both layouts; addresses and the number of multiprocessors, which decides between tiles,
+// alternate.
+void run_case(const Variant& variant, const Case& c, size_t index) {
+  for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
+    Problem p = c.problem;
+    p.dtype = variant.dtype;
+    p.layout = layout;
+    const Status status = cuda::validate(p);
+    expect(status == Status::ok, variant, c, p, std::string("validate: ") + describe(status));
+    if (status != Status::ok) continue;
+    for (const bool integers : {true, false}) {
+      const bool wide = (index + (layout == Layout::nhwc) + integers) % 2 == 0;
+      cuda_host::multiprocessors = index % 3 == 0 ? 1 : 100;
+      test_forward(variant, c, integers ? with_integer_activations(p) : p, integers, wide);
+    }
+  }
+}
+
 int run(const std::vector<std::string>& paths) {
   std::vector<Case> cases;
   for (const std::string& path : paths)
     for (const Case& c : read_cases(path)) cases.push_back(c);
   test_shim();
+  for (const Variant& variant : variants) {
+    const int before = tally.checks;
+    const auto begin = std::chrono::steady_clock::now();
+    for (size_t i = 0; i < cases.size(); ++i) run_case(variant, cases[i], i);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+    std::cout << variant.name << ": " << cases.size() << " cases, " << tally.checks - before << " checks, "
+              << seconds.count() << " s" << std::endl;
+  }
   std::cout << tally.checks - tally.failures << " passed, " << tally.failures << " failed\n";
   return tally.failures == 0 ? 0 : 1;
 }

@@ -21,7 +21,8 @@ enum class State { running, at_block_barrier, at_warp_barrier, done };
 
 struct Copy {
   void* to;
-  const void* from;
+  const void* from;  // null: zeros
+  size_t bytes;
   int group;
 };
 
@@ -270,14 +271,17 @@ void matrices(uint32_t (&to)[4], const void* row, bool transposed) {
   cuda_host::warp_barrier();
 }
 
+void begin_copy(void* to, const void* from, bool whole, size_t bytes) {
+  cuda_host::check_aligned(to, bytes);
+  if (whole) cuda_host::check_aligned(from, bytes);
+  cuda_host::Worker& self = cuda_host::worker();
+  self.copies.push_back({to, whole ? from : nullptr, bytes, self.group});
+}
+
 }  // namespace
 
-void copy_async(void* to, const void* from, bool whole) {
-  cuda_host::check_aligned(to, 16);
-  if (whole) cuda_host::check_aligned(from, 16);
-  cuda_host::Worker& self = cuda_host::worker();
-  self.copies.push_back({to, whole ? from : nullptr, self.group});
-}
+void copy_async(void* to, const void* from, bool whole) { begin_copy(to, from, whole, 16); }
+void copy_async_word(void* to, const void* from, bool whole) { begin_copy(to, from, whole, 4); }
 
 void copy_commit() { ++cuda_host::worker().group; }
 
@@ -287,9 +291,9 @@ void copy_wait_for(int pending) {
   for (; done < self.copies.size() && self.copies[done].group < self.group - pending; ++done) {
     const cuda_host::Copy& copy = self.copies[done];
     if (copy.from != nullptr)
-      std::memcpy(copy.to, copy.from, 16);
+      std::memcpy(copy.to, copy.from, copy.bytes);
     else
-      std::memset(copy.to, 0, 16);
+      std::memset(copy.to, 0, copy.bytes);
   }
   self.copies.erase(self.copies.begin(), self.copies.begin() + static_cast<std::ptrdiff_t>(done));
 }

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 
 #include "fastsep_cuda.h"
 
@@ -32,6 +33,9 @@ struct uint2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -43,6 +47,9 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
+
+inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a > b ? a : b; }
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
 
@@ -161,6 +168,7 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared
 inline int multiprocessors(Queue) { return cuda_host::multiprocessors; }
 
 void copy_async(void* to, const void* from, bool whole);
+void copy_async_word(void* to, const void* from, bool whole);
 void copy_commit();
 void copy_wait_for(int pending);
 template <int pending>
