@@ -16,6 +16,9 @@ def derivative_from_output(activation: int) -> bool: ...
 # of the device. Calls are queued on the stream and never waited for.
 # All raise ValueError for a problem that the kernels refuse, and RuntimeError for an error of CUDA.
 
+def why_refused(problem: tuple[int, ...]) -> str:
+    """Why the kernels refuse a problem; empty where they do not."""
+
 def forward_kernel_name(problem: tuple[int, ...], tf32: bool) -> str: ...
 def forward_workspace_bytes(problem: tuple[int, ...], tf32: bool) -> int: ...
 def forward(

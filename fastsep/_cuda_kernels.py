@@ -123,6 +123,8 @@ def forward_kernel(
     if reason := why_not(tensors):
         return reported(lambda: _ops.composed_kernel(*tensors, packed, *geometry), reason, tensors, geometry)
     problem, shape, format = _ops.native_problem(*tensors, *geometry)
+    if reason := refusal(problem):
+        return reported(lambda: _ops.composed_kernel(*tensors, packed, *geometry), reason, tensors, geometry)
     if shape[0] == 0:
         return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=format)
     tf32 = input.dtype is torch.float32 and allows_tf32()
@@ -178,10 +180,12 @@ def backward_kernel(
     *geometry, needed = rest
     names = [name for name, need in zip(_ops.tensor_names(pointwise_weight), needed, strict=True) if need]
     what = f"gradients of {', '.join(names)}"
+    run = partial(_backward.composed_kernel, grad, *tensors, saved, *rest)
     if reason := why_not(tensors):
-        run = partial(_backward.composed_kernel, grad, *tensors, saved, *rest)
         return reported(run, reason, tensors, tuple(geometry), what)
     problem, shape, format = _ops.native_problem(*tensors, *geometry)
+    if reason := refusal(problem):
+        return reported(run, reason, tensors, tuple(geometry), what)
     _backward.check_gradients(grad, tensors, saved, shape, needed)
     if shape[0] == 0 or not any(needed):
         return _backward.empty_gradients(tensors, format, needed, zeros=True)
@@ -192,7 +196,7 @@ def backward_kernel(
         paths = {DEPTHWISE: paths[FUSED]}
     else:
         paths[DEPTHWISE] = partial(_depthwise_backward, *given, geometry[-1])
-    paths[TORCH] = partial(_backward.composed_kernel, grad, *tensors, saved, *rest)
+    paths[TORCH] = run
     variant = *needed, depthwise_bias is not None, bias is not None, saved is not None
     choice = _plan.choose(problem, BACKWARD, tf32, variant, input.device.index, paths)
     return reported(paths[choice.path], choice, tensors, tuple(geometry), what)
@@ -270,6 +274,13 @@ def why_not(tensors: Five) -> str:
     if input.dtype not in _native.CUDA_DTYPES:
         return f"no native kernel for {input.dtype} on cuda"
     return _native.why_not_on(device.index)
+
+
+def refusal(problem: Problem) -> str:
+    """Why the native kernels do not take this problem, which torch's may."""
+    cuda: Any = _native.cuda
+    reason: str = cuda.why_refused(problem)
+    return reason
 
 
 def reported(

@@ -228,7 +228,7 @@ def choose(
     variant: tuple[bool, ...],
     device: int,
     candidates: Candidates,
-    gpu_of: Callable[[int], Gpu] = Gpu.of,
+    gpu_of: Callable[[int], Gpu] | None = None,
     seconds_of: Callable[[Candidates], dict[str, float]] | None = None,
 ) -> Choice:
     """The path for a call; `variant` tells apart calls of one problem that take different time."""
@@ -243,7 +243,7 @@ def choose(
     elif known is not None:
         return known
     else:
-        choice = by_model(problem, phase, tf32, gpu_of(device), candidates)
+        choice = by_model(problem, phase, tf32, (gpu_of or Gpu.of)(device), candidates)
     if len(_choices) >= _MOST_CHOICES:
         _choices.clear()
     _choices[key] = choice

@@ -80,12 +80,8 @@ def test_a_cuda_compiler_that_does_not_work_is_one_line(tmp_path):
 
 @needs_cmake
 def test_no_cuda_compiler_is_one_line(tmp_path):
-    status, lines = configure(tmp_path, "-DFASTSEP_NVCC=FASTSEP_NVCC-NOTFOUND", "-DCMAKE_FIND_ROOT_PATH=/nonexistent",
-                              "-DCMAKE_FIND_ROOT_PATH_MODE_PROGRAM=ONLY", CUDACXX="")  # fmt: skip
-    assert (status, lines) in [
-        (0, ["-- fastsep: CUDA kernels left out, no CUDA compiler was found"]),
-        (1, []),
-    ]
+    found = configure(tmp_path, "-DFASTSEP_NVCC=", CUDACXX="")
+    assert found == (0, ["-- fastsep: CUDA kernels left out, no CUDA compiler was found"])
 
 
 @needs_cmake
@@ -97,7 +93,7 @@ def test_a_demand_that_cannot_be_met_is_an_error(tmp_path):
 
 @needs_cmake
 def test_off_asks_for_no_compiler(tmp_path):
-    assert configure(tmp_path, "-DFASTSEP_CUDA=OFF", "-DCMAKE_CUDA_COMPILER=/bin/false") == (0, [])
+    assert configure(tmp_path, "-DFASTSEP_CUDA=OFF", CUDACXX="/bin/false") == (0, [])
 
 
 @needs_cmake
@@ -146,7 +142,7 @@ def test_an_error_of_cuda_names_the_shape():
         with pytest.raises(RuntimeError, match=message):
             _cuda.forward(PROBLEM, False, *NOTHING, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="CUDA error in the backward pass"):
-        _cuda.backward(PROBLEM, False, *NOTHING, *NOTHING, 0, 0, 0, 0)
+        _cuda.backward(PROBLEM, False, *NOTHING, *(0,) * 5, 0, 0, 0, 0)
 
 
 @needs_module
@@ -248,6 +244,9 @@ class OnHost:
 
     derivative_from_output = staticmethod(lambda code: _native.core.derivative_from_output(code))
 
+    def why_refused(self, problem):
+        return "too large" if problem[0] == 33 else ""
+
     def forward_workspace_bytes(self, problem, tf32):
         return 192
 
@@ -281,6 +280,10 @@ def on_host(monkeypatch):
     return module
 
 
+def case_format(case):
+    return _ops.memory_format(case.tensors()["input"])
+
+
 def geometry(case):
     return (case.sh, case.sw), (case.pt, case.pb, case.pl, case.pr), (case.dh, case.dw), case.mid, case.act
 
@@ -302,10 +305,9 @@ def test_every_path_forward(on_host, case, part, layout):
         with _plan.force(path):
             got = _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case))
         assert relative_error(got, exact, bound) <= 1, f"{path}: {format_case(case)}"
-        like = _ops.run(*operands(tensors), None, *geometry(case))
-        assert got.stride() == like.stride()
-    expected = ["forward", "depthwise forward"] if case.k else ["depthwise forward"] * 2
-    assert on_host.calls == (expected if case.n else [])
+        assert got.is_contiguous(memory_format=case_format(case))
+    expected = ["forward", "depthwise forward"] if case.k else ["depthwise forward"]
+    assert on_host.calls[: len(expected)] == (expected if case.n not in (0, 33) else [])
 
 
 @every_case
@@ -322,8 +324,8 @@ def test_every_path_backward(on_host, case, part):
             with _plan.force(path):
                 args = grad, *operands(tensors), saved, *geometry(case), needed
                 got = _cuda_kernels.backward_kernel(*args)
-            like = _backward.run(*args)
-            assert [g.stride() for g in got] == [g.stride() for g in like]
+            formats = [case_format(case)] + [torch.contiguous_format] * 4
+            assert all(g.is_contiguous(memory_format=f) for g, f in zip(got, formats, strict=False))
             named = dict(zip([n for n, need in zip(NAMES, needed, strict=True) if need], got, strict=True))
             assert largest_error(named, exact, bounds) <= 1, f"{path}: {format_case(case)}"
 
@@ -376,6 +378,17 @@ def test_a_gpu_without_kernels_is_composed(on_host, monkeypatch):
     tensors = case.tensors()
     got = _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case))
     torch.testing.assert_close(got, call(case, tensors))
+    assert on_host.calls == []
+
+
+def test_what_the_kernels_refuse_is_composed(on_host):
+    case = BY_NAME["many_images"]
+    tensors, grad = case.tensors(), case.gradient()
+    got = _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case))
+    torch.testing.assert_close(got, call(case, tensors))
+    needed = [tensor is not None for tensor in operands(tensors)]
+    gradients = _cuda_kernels.backward_kernel(grad, *operands(tensors), None, *geometry(case), needed)
+    assert len(gradients) == sum(needed)
     assert on_host.calls == []
 
 

@@ -104,6 +104,10 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     if (activation < 0 || activation >= activation_count) throw py::value_error("unknown activation number");
     return derivative_from_output(static_cast<Activation>(activation));
   });
+  m.def("why_refused", [](const py::tuple& fields) {
+    const Status status = cuda::validate(read_problem(fields));
+    return std::string(status == Status::ok ? "" : describe(status));
+  });
   m.def("forward_kernel_name",
         [](const py::tuple& fields, bool tf32) { return cuda::forward_kernel_name(to_problem(fields), {tf32}); });
   m.def("forward_workspace_bytes", [](const py::tuple& fields, bool tf32) {
