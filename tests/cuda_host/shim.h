@@ -165,6 +165,7 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared
   return cuda_host::run(grid, threads, shared_bytes, [&] { kernel(params); });
 }
 
+inline int this_thread() { return static_cast<int>(threadIdx.x); }
 inline int multiprocessors(Queue) { return cuda_host::multiprocessors; }
 
 void copy_async(void* to, const void* from, bool whole);
