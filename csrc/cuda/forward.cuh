@@ -101,7 +101,7 @@ __device__ __forceinline__ void write_output(const Forward& p, const Sums& sums,
   }
 }
 
-template <class T, class Arithmetic, class Tile, bool window>
+template <class T, class Arithmetic, class Tile, Taps taps>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks) separable_forward(Forward p) {
   const int of_stage = stage_bytes(p, Tile::columns), before_w = p.halo_bytes + p.weight_bytes;
   char* memory = shared_memory();
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) separable_forward
     copy_wait<ahead>();
     __syncthreads();  // H of this chunk is there, and nobody reads A and W of the last one any more
     copy_w(i + Tile::stages - 1);
-    depthwise<T, Arithmetic, Tile::threads, window>(p, at, shared, stage, i * chunk<T>);
+    depthwise<T, Arithmetic, Tile::threads, taps>(p, at, shared, stage, i * chunk<T>);
     copy_wait<ahead>();
     __syncthreads();  // A and W are there, and H is free
     copy_h(i + Tile::stages);

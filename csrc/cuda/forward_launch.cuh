@@ -156,9 +156,9 @@ Plan plan_tiling(const Forward& forward, int processors) {
   return best;
 }
 
-template <class T, class Arithmetic, class Tile, bool window>
+template <class T, class Arithmetic, class Tile, Taps taps>
 cudaError_t launch_tiling(const Plan& plan, Queue queue) {
-  return launch(separable_forward<T, Arithmetic, Tile, window>, dim3(static_cast<unsigned>(plan.tiles)), Tile::threads,
+  return launch(separable_forward<T, Arithmetic, Tile, taps>, dim3(static_cast<unsigned>(plan.tiles)), Tile::threads,
                 static_cast<size_t>(plan.shared_bytes), plan.forward, queue);
 }
 
@@ -172,16 +172,20 @@ cudaError_t launch_forward(const Problem& problem, const void* input, const Weig
   const Plan least = plan_tiling<T, Arithmetic, SmallTiling>(p, processors);
   const Plan shorter = plan_tiling<T, Arithmetic, ShortTiling>(p, processors);
   if (!has_window(p)) {
-    if (least.cost < shorter.cost) return launch_tiling<T, Arithmetic, SmallTiling, false>(least, queue);
-    return launch_tiling<T, Arithmetic, ShortTiling, false>(shorter, queue);
+    const bool small = least.cost < shorter.cost;
+    if ((small ? least : shorter).forward.taps == Taps::global)
+      return small ? launch_tiling<T, Arithmetic, SmallTiling, Taps::global>(least, queue)
+                   : launch_tiling<T, Arithmetic, ShortTiling, Taps::global>(shorter, queue);
+    return small ? launch_tiling<T, Arithmetic, SmallTiling, Taps::shared>(least, queue)
+                 : launch_tiling<T, Arithmetic, ShortTiling, Taps::shared>(shorter, queue);
   }
   const Plan large = plan_tiling<T, Arithmetic, LargeTiling>(p, processors);
   const Plan narrow = plan_tiling<T, Arithmetic, NarrowTiling>(p, processors);
   const double cost = std::min({least.cost, shorter.cost, large.cost, narrow.cost});
-  if (cost == large.cost) return launch_tiling<T, Arithmetic, LargeTiling, true>(large, queue);
-  if (cost == narrow.cost) return launch_tiling<T, Arithmetic, NarrowTiling, true>(narrow, queue);
-  if (cost == shorter.cost) return launch_tiling<T, Arithmetic, ShortTiling, true>(shorter, queue);
-  return launch_tiling<T, Arithmetic, SmallTiling, true>(least, queue);
+  if (cost == large.cost) return launch_tiling<T, Arithmetic, LargeTiling, Taps::window>(large, queue);
+  if (cost == narrow.cost) return launch_tiling<T, Arithmetic, NarrowTiling, Taps::window>(narrow, queue);
+  if (cost == shorter.cost) return launch_tiling<T, Arithmetic, ShortTiling, Taps::window>(shorter, queue);
+  return launch_tiling<T, Arithmetic, SmallTiling, Taps::window>(least, queue);
 }
 
 // With T's own arithmetic, or tf32 for f32 where it is allowed.

@@ -16,7 +16,7 @@ constexpr int patch = patch_h * patch_w;
 template <class T>
 constexpr int lane_channels = static_cast<int>(4 / sizeof(T));
 
-// Where the taps are read.
+// Where the taps are read; each has kernels of its own.
 enum class Taps : int32_t {
   window,  // 3 x 3 without dilation, stride 1 or 2 both ways: from shared memory into registers, once
   shared,  // any: from shared memory, tap by tap
@@ -295,25 +295,27 @@ __device__ __forceinline__ void add_taps_global(const Forward& p, float (&sums)[
   const int64_t plane = static_cast<int64_t>(p.height) * p.width;
   const T* input = static_cast<const T*>(p.input) + image * plane * p.channels;
   const int64_t pixel_pitch = p.planar ? 1 : p.channels, channel_pitch = p.planar ? plane : 1;
-  const int64_t across = p.stride_w * pixel_pitch, down = p.stride_h * p.width * pixel_pitch;
+  const int64_t across = p.stride_w * pixel_pitch, down = static_cast<int64_t>(p.stride_h) * p.width * pixel_pitch;
 #pragma unroll 1
-  for (int tap = 0; tap < p.kernel_h * p.kernel_w; ++tap) {
-    const int in_y = y * p.stride_h - p.pad_top + tap / p.kernel_w * p.dilation_h;
-    const int in_x = x * p.stride_w - p.pad_left + tap % p.kernel_w * p.dilation_w;
-    const int64_t first = (static_cast<int64_t>(in_y) * p.width + in_x) * pixel_pitch + channel * channel_pitch;
+  for (int r = 0, tap = 0; r < p.kernel_h; ++r)
+#pragma unroll 1
+    for (int s = 0; s < p.kernel_w; ++s, ++tap) {
+      const int in_y = y * p.stride_h - p.pad_top + r * p.dilation_h;
+      const int in_x = x * p.stride_w - p.pad_left + s * p.dilation_w;
 #pragma unroll
-    for (int v = 0; v < lanes; ++v) {
-      const float weight = to_float(weights[static_cast<int64_t>(lc.filter[v]) * p.kernel_h * p.kernel_w + tap]);
-      const int64_t from = first + lc.channel[v] * channel_pitch;
+      for (int v = 0; v < lanes; ++v) {
+        const float weight = to_float(weights[static_cast<int64_t>(lc.filter[v]) * p.kernel_h * p.kernel_w + tap]);
+        const T* from = input + (static_cast<int64_t>(in_y) * p.width + in_x) * pixel_pitch +
+                        (channel + lc.channel[v]) * channel_pitch;
 #pragma unroll
-      for (int i = 0; i < patch; ++i) {
-        const int at_y = in_y + i / patch_w * p.stride_h, at_x = in_x + i % patch_w * p.stride_w;
-        if (at_y >= 0 && at_y < p.height && at_x >= 0 && at_x < p.width)
-          sums[i * lanes + v] =
-              fmaf(to_float(input[from + i / patch_w * down + i % patch_w * across]), weight, sums[i * lanes + v]);
+        for (int i = 0; i < patch; ++i) {
+          const int at_y = in_y + i / patch_w * p.stride_h, at_x = in_x + i % patch_w * p.stride_w;
+          if (at_y >= 0 && at_y < p.height && at_x >= 0 && at_x < p.width)
+            sums[i * lanes + v] =
+                fmaf(to_float(from[i / patch_w * down + i % patch_w * across]), weight, sums[i * lanes + v]);
+        }
       }
     }
-  }
 }
 
 // A[pixel][channel] = mid_act(depthwise + bias), rounded once, for the channels from `first` on; zeros beyond the last.
@@ -386,21 +388,13 @@ __device__ __forceinline__ void depthwise_by(const Forward& p, const Place& at, 
   }
 }
 
-// `window` as the kernel was compiled for it: p.taps is Taps::window.
-template <class T, class Arithmetic, int threads, bool window>
+template <class T, class Arithmetic, int threads, Taps taps>
 __device__ __forceinline__ void depthwise(const Forward& p, const Place& at, const Shared& shared, const char* stage,
                                           int first) {
-  if constexpr (window) {
-    if (p.packed)
-      depthwise_by<T, Arithmetic, threads, Taps::window, true>(p, at, shared, stage, first);
-    else
-      depthwise_by<T, Arithmetic, threads, Taps::window, false>(p, at, shared, stage, first);
-  } else {
-    if (p.taps == Taps::shared)
-      depthwise_by<T, Arithmetic, threads, Taps::shared, false>(p, at, shared, stage, first);
-    else
-      depthwise_by<T, Arithmetic, threads, Taps::global, false>(p, at, shared, stage, first);
-  }
+  if (taps == Taps::window && p.packed)
+    depthwise_by<T, Arithmetic, threads, taps, true>(p, at, shared, stage, first);
+  else
+    depthwise_by<T, Arithmetic, threads, taps, false>(p, at, shared, stage, first);
 }
 
 }  // namespace cuda
