@@ -8,11 +8,12 @@ namespace fastsep {
 namespace cuda {
 
 // Where a number of a tensor of the layout lies, from its place in memory.
-struct Place {
+struct Position {
   int64_t n, channel, y, x;
 };
 
-__device__ __forceinline__ Place place_of(int64_t index, bool nhwc, int64_t channels, int64_t height, int64_t width) {
+__device__ __forceinline__ Position position_of(int64_t index, bool nhwc, int64_t channels, int64_t height,
+                                                int64_t width) {
   const int64_t inner = nhwc ? channels : width, middle = nhwc ? width : height, outer = nhwc ? height : channels;
   const int64_t row = divide(index, inner), plane = divide(row, middle), n = divide(plane, outer);
   const int64_t i = index - row * inner, j = row - plane * middle, k = plane - n * outer;
@@ -20,7 +21,7 @@ __device__ __forceinline__ Place place_of(int64_t index, bool nhwc, int64_t chan
   return {n, k, j, i};
 }
 
-__device__ __forceinline__ int64_t index_of(const Place& at, bool nhwc, int64_t channels, int64_t height,
+__device__ __forceinline__ int64_t index_of(const Position& at, bool nhwc, int64_t channels, int64_t height,
                                             int64_t width) {
   return nhwc ? ((at.n * height + at.y) * width + at.x) * channels + at.channel
               : ((at.n * channels + at.channel) * height + at.y) * width + at.x;
@@ -30,11 +31,11 @@ template <class T>
 __global__ void __launch_bounds__(depthwise_threads) depthwise_general(const DepthwiseParams p) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * depthwise_threads + threadIdx.x;
   if (index >= p.batch * p.channels * p.out_h * p.out_w) return;
-  const Place at = place_of(index, p.nhwc, p.channels, p.out_h, p.out_w);
+  const Position at = position_of(index, p.nhwc, p.channels, p.out_h, p.out_w);
   const int64_t in_channels = p.channels / p.multiplier;
   const int64_t y = at.y * p.stride_h - p.pad_top, x = at.x * p.stride_w - p.pad_left;
   const T* const filter = static_cast<const T*>(p.weight) + at.channel * p.kernel_h * p.kernel_w;
-  const Place origin = {at.n, divide(at.channel, p.multiplier), 0, 0};
+  const Position origin = {at.n, divide(at.channel, p.multiplier), 0, 0};
   const T* const input = static_cast<const T*>(p.input) + index_of(origin, p.nhwc, in_channels, p.in_h, p.in_w);
   const int64_t step = p.nhwc ? in_channels : 1;
   float sum[1][1] = {{p.bias == nullptr ? 0.f : to_float(static_cast<const T*>(p.bias)[at.channel])}};
@@ -72,13 +73,13 @@ __global__ void __launch_bounds__(depthwise_threads) depthwise_gradient_general(
   const int64_t out_channels = p.channels / p.multiplier;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * depthwise_threads + threadIdx.x;
   if (index >= p.batch * out_channels * p.out_h * p.out_w) return;
-  const Place at = place_of(index, p.nhwc, out_channels, p.out_h, p.out_w);
+  const Position at = position_of(index, p.nhwc, out_channels, p.out_h, p.out_w);
   int64_t first_y = 0, first_x = 0;
   const int64_t first_r = first_tap(at.y + p.pad_top, p.stride_h, p.dilation_h, p.tap_step_h, &first_y);
   const int64_t first_s = first_tap(at.x + p.pad_left, p.stride_w, p.dilation_w, p.tap_step_w, &first_x);
   float sum = 0.f;
   for (int64_t j = 0; j < p.multiplier && first_r >= 0 && first_s >= 0; ++j) {
-    const Place origin = {at.n, at.channel * p.multiplier + j, 0, 0};
+    const Position origin = {at.n, at.channel * p.multiplier + j, 0, 0};
     const T* const input = static_cast<const T*>(p.input) + index_of(origin, p.nhwc, p.channels, p.in_h, p.in_w);
     const T* const filter = static_cast<const T*>(p.weight) + origin.channel * p.kernel_h * p.kernel_w;
     const int64_t step = p.nhwc ? p.channels : 1;

@@ -54,7 +54,26 @@ Outcome forward(const Problem& problem, Options options, const void* input, cons
   const Status status = cuda::validate(problem);
   if (status != Status::ok) return {status, 0};
   if (problem.batch == 0) return {Status::ok, 0};
-  return {Status::ok, launchers_of(problem.dtype).forward(problem, options, input, weights, output, queue)};
+  const Launchers& launchers = launchers_of(problem.dtype);
+  return {Status::ok, problem.out_channels == 0 ? launchers.depthwise(problem, input, weights, output, queue)
+                                                : launchers.forward(problem, options, input, weights, output, queue)};
+}
+
+Status backward_workspace_bytes(const Problem& problem, Options, const Gradients& gradients, size_t* bytes) {
+  const Status status = cuda::validate(problem);
+  *bytes = status == Status::ok ? launchers_of(problem.dtype).backward_bytes(problem, gradients) : 0;
+  return status;
+}
+
+Outcome backward(const Problem& problem, Options options, const void* input, const Weights& weights, const void* saved,
+                 const void* grad_output, const Gradients& gradients, void* workspace, size_t workspace_size,
+                 Queue queue) {
+  size_t bytes = 0;
+  const Status status = backward_workspace_bytes(problem, options, gradients, &bytes);
+  if (status != Status::ok) return {status, 0};
+  if (workspace_size < bytes) return {Status::small_workspace, 0};
+  return {Status::ok, launchers_of(problem.dtype)
+                          .backward(problem, options, input, weights, saved, grad_output, gradients, workspace, queue)};
 }
 
 const char* forward_kernel_name(const Problem& problem, Options options) {

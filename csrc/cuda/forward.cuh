@@ -101,10 +101,8 @@ __device__ __forceinline__ void write_output(const Forward& p, const Sums& sums,
   }
 }
 
-template <class T, class Arithmetic, class Tile>
+template <class T, class Arithmetic, class Tile, Taps taps>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks) separable_forward(Forward p) {
-  const int thread = static_cast<int>(threadIdx.x), lane = thread % warp_size, warp = thread / warp_size;
-  const int warp_m = warp % Tile::warps_m, warp_n = warp / Tile::warps_m;
   const int of_stage = stage_bytes(p, Tile::columns), before_w = p.halo_bytes + p.weight_bytes;
   char* memory = shared_memory();
   Shared shared;
@@ -145,20 +143,24 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) separable_forward
     copy_wait<ahead>();
     __syncthreads();  // H of this chunk is there, and nobody reads A and W of the last one any more
     copy_w(i + Tile::stages - 1);
-    depthwise<T, Arithmetic, Tile::threads>(p, at, shared, stage, i * chunk<T>);
+    depthwise<T, Arithmetic, Tile::threads, taps>(p, at, shared, stage, i * chunk<T>);
     copy_wait<ahead>();
     __syncthreads();  // A and W are there, and H is free
     copy_h(i + Tile::stages);
+    const int thread = this_thread(), warp = thread / warp_size;
+    const int warp_m = warp % Tile::warps_m, warp_n = warp / Tile::warps_m;
     const int left = (p.depth - i * chunk<T>)*static_cast<int>(sizeof(T));
     sums.add(shared.a + warp_m * Tile::warp_rows * chunk_pitch,
              stage + before_w + warp_n * Tile::warp_columns * chunk_pitch,
-             (min(left, chunk_bytes) + step_bytes - 1) / step_bytes, lane);
+             (min(left, chunk_bytes) + step_bytes - 1) / step_bytes, thread % warp_size);
   }
   copy_wait<0>();
   __syncthreads();  // the ring and A become the staging area
+  const int thread = this_thread(), warp = thread / warp_size;
+  const int warp_m = warp % Tile::warps_m, warp_n = warp / Tile::warps_m;
   const int k = at.k + warp_n * Tile::warp_columns;
   float* staging = reinterpret_cast<float*>(shared.ring + warp * (Tile::staging_bytes / Tile::warps));
-  write_output<T, Tile>(p, sums, shared.out_offset + warp_m * Tile::warp_rows, staging, k, lane);
+  write_output<T, Tile>(p, sums, shared.out_offset + warp_m * Tile::warp_rows, staging, k, thread % warp_size);
 }
 
 }  // namespace cuda

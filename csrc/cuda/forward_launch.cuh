@@ -1,6 +1,8 @@
 // Which tiling of the fused forward pass for which problem, and its launch.
 #pragma once
 
+#include <algorithm>
+
 #include "forward.cuh"
 
 namespace fastsep {
@@ -57,11 +59,16 @@ Forward describe_forward(const Problem& problem, const void* input, const Weight
   return p;
 }
 
+// Whether the taps are a window of 3 x 3: then they stay in registers, in kernels of their own.
+inline bool has_window(const Forward& p) {
+  return p.kernel_h == 3 && p.kernel_w == 3 && p.dilation_h == 1 && p.dilation_w == 1 && p.stride_h == p.stride_w &&
+         p.stride_h <= 2;
+}
+
 // Fills in the halo of a tile whose pixels are set; false where it cannot be had in shared memory.
 template <class T>
 bool lay_out_halo(Forward& p) {
-  const bool three = p.kernel_h == 3 && p.kernel_w == 3 && p.dilation_h == 1 && p.dilation_w == 1;
-  p.taps = three && p.stride_h == p.stride_w && p.stride_h <= 2 ? Taps::window : Taps::shared;
+  p.taps = has_window(p) ? Taps::window : Taps::shared;
   const auto reach = [](int64_t outputs, int stride, int kernel, int dilation) {
     return (outputs - 1) * stride + int64_t{kernel - 1} * dilation + 1;
   };
@@ -132,44 +139,53 @@ Plan plan_tiling(const Forward& forward, int processors) {
     p.tile_w = width;
     p.tile_h = min(p.out_height, Tile::rows / width);
     if (p.tile_h < p.out_height && p.tile_h > 1) p.tile_h -= p.tile_h % patch_h;
-    const int whole = p.tile_h * p.tile_w;
-    p.tile_images = p.tile_h == p.out_height && p.tile_w == p.out_width ? min(p.batch, Tile::rows / whole) : 1;
-    for (const bool global : {false, true}) {
-      p.taps = Taps::global;
-      p.halo_h = p.halo_w = p.halo_units = p.halo_bytes = 0;
-      if (!global && !lay_out_halo<T>(p)) continue;
-      estimate<T, Arithmetic, Tile>(plan, processors);
-      if (plan.cost < best.cost) best = plan;
+    const bool whole = p.tile_h == p.out_height && p.tile_w == p.out_width;
+    // Fewer images where the input of as many as there are rows does not fit.
+    for (int images = whole ? min(p.batch, Tile::rows / (p.tile_h * p.tile_w)) : 1; images > 0; images /= 2) {
+      p.tile_images = images;
+      for (const bool global : {false, true}) {
+        p.taps = Taps::global;
+        p.halo_h = p.halo_w = p.halo_units = p.halo_bytes = 0;
+        if (global ? has_window(p) : !lay_out_halo<T>(p)) continue;
+        estimate<T, Arithmetic, Tile>(plan, processors);
+        if (plan.cost < best.cost) best = plan;
+      }
+      if (best.cost < INFINITY) break;
     }
   }
   return best;
 }
 
-template <class T, class Arithmetic, class Tile>
+template <class T, class Arithmetic, class Tile, Taps taps>
 cudaError_t launch_tiling(const Plan& plan, Queue queue) {
-  return launch(separable_forward<T, Arithmetic, Tile>, dim3(static_cast<unsigned>(plan.tiles)), Tile::threads,
+  return launch(separable_forward<T, Arithmetic, Tile, taps>, dim3(static_cast<unsigned>(plan.tiles)), Tile::threads,
                 static_cast<size_t>(plan.shared_bytes), plan.forward, queue);
 }
 
-// More blocks than a grid may have, 2^31, would be more than 10^11 outputs: not a case that can be held in memory.
+// The cheapest of the tilings that there are for the problem. More blocks than a grid may have, 2^31, would be more
+// than 10^11 outputs: nothing that memory holds.
 template <class T, class Arithmetic>
 cudaError_t launch_forward(const Problem& problem, const void* input, const Weights& weights, void* output,
                            Queue queue) {
   const Forward p = describe_forward<T>(problem, input, weights, output);
   const int processors = multiprocessors(queue);
-  const Plan plans[] = {
-      plan_tiling<T, Arithmetic, LargeTiling>(p, processors), plan_tiling<T, Arithmetic, NarrowTiling>(p, processors),
-      plan_tiling<T, Arithmetic, ShortTiling>(p, processors), plan_tiling<T, Arithmetic, SmallTiling>(p, processors)};
-  int best = 0;
-  for (int i = 1; i < 4; ++i)
-    if (plans[i].cost < plans[best].cost) best = i;
-  if (plans[best].cost == INFINITY) return cudaErrorInvalidConfiguration;
-  switch (best) {
-    case 0: return launch_tiling<T, Arithmetic, LargeTiling>(plans[best], queue);
-    case 1: return launch_tiling<T, Arithmetic, NarrowTiling>(plans[best], queue);
-    case 2: return launch_tiling<T, Arithmetic, ShortTiling>(plans[best], queue);
-    default: return launch_tiling<T, Arithmetic, SmallTiling>(plans[best], queue);
+  const Plan least = plan_tiling<T, Arithmetic, SmallTiling>(p, processors);
+  const Plan shorter = plan_tiling<T, Arithmetic, ShortTiling>(p, processors);
+  if (!has_window(p)) {
+    const bool small = least.cost < shorter.cost;
+    if ((small ? least : shorter).forward.taps == Taps::global)
+      return small ? launch_tiling<T, Arithmetic, SmallTiling, Taps::global>(least, queue)
+                   : launch_tiling<T, Arithmetic, ShortTiling, Taps::global>(shorter, queue);
+    return small ? launch_tiling<T, Arithmetic, SmallTiling, Taps::shared>(least, queue)
+                 : launch_tiling<T, Arithmetic, ShortTiling, Taps::shared>(shorter, queue);
   }
+  const Plan large = plan_tiling<T, Arithmetic, LargeTiling>(p, processors);
+  const Plan narrow = plan_tiling<T, Arithmetic, NarrowTiling>(p, processors);
+  const double cost = std::min({least.cost, shorter.cost, large.cost, narrow.cost});
+  if (cost == large.cost) return launch_tiling<T, Arithmetic, LargeTiling, Taps::window>(large, queue);
+  if (cost == narrow.cost) return launch_tiling<T, Arithmetic, NarrowTiling, Taps::window>(narrow, queue);
+  if (cost == shorter.cost) return launch_tiling<T, Arithmetic, ShortTiling, Taps::window>(shorter, queue);
+  return launch_tiling<T, Arithmetic, SmallTiling, Taps::window>(least, queue);
 }
 
 // With T's own arithmetic, or tf32 for f32 where it is allowed.

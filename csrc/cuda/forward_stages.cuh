@@ -16,7 +16,7 @@ constexpr int patch = patch_h * patch_w;
 template <class T>
 constexpr int lane_channels = static_cast<int>(4 / sizeof(T));
 
-// Where the taps are read.
+// Where the taps are read; each has kernels of its own.
 enum class Taps : int32_t {
   window,  // 3 x 3 without dilation, stride 1 or 2 both ways: from shared memory into registers, once
   shared,  // any: from shared memory, tap by tap
@@ -68,7 +68,6 @@ __host__ __device__ inline int stage_bytes(const Forward& p, int tile_columns) {
 // What one block computes.
 struct Place {
   int image, y, x, k;  // of its first output
-  int in_y, in_x;      // of the first input that is copied
   int lead;            // columns copied in front of those that are needed, to begin at a whole unit
 };
 
@@ -81,10 +80,7 @@ __device__ __forceinline__ Place place_of(const Forward& p, int tile_columns) {
   index /= static_cast<unsigned>(p.tiles_x);
   at.y = static_cast<int>(index % static_cast<unsigned>(p.tiles_y)) * p.tile_h;
   at.image = static_cast<int>(index / static_cast<unsigned>(p.tiles_y)) * p.tile_images;
-  at.in_y = at.y * p.stride_h - p.pad_top;
-  at.in_x = at.x * p.stride_w - p.pad_left;
-  at.lead = p.unit == 2 ? at.in_x & 1 : 0;
-  at.in_x -= at.lead;
+  at.lead = p.unit == 2 ? (at.x * p.stride_w - p.pad_left) & 1 : 0;
   return at;
 }
 
@@ -93,7 +89,7 @@ __device__ __forceinline__ void fill_tables(const Forward& p, const Place& at, c
                                             int threads) {
   const int64_t plane = static_cast<int64_t>(p.height) * p.width;
   const int64_t out_plane = static_cast<int64_t>(p.out_height) * p.out_width;
-  for (int i = static_cast<int>(threadIdx.x); i < tile_rows; i += threads) {
+  for (int i = this_thread(); i < tile_rows; i += threads) {
     const int x = at.x + i % p.tile_w, y = at.y + i / p.tile_w % p.tile_h, image = i / p.tile_w / p.tile_h;
     const bool inside = image < p.tile_images && at.image + image < p.batch && y < p.out_height && x < p.out_width;
     const int64_t pixel = static_cast<int64_t>(y) * p.out_width + x;
@@ -102,7 +98,7 @@ __device__ __forceinline__ void fill_tables(const Forward& p, const Place& at, c
                 : ((at.image + image) * out_plane + (p.planar ? 0 : pixel)) * p.out_channels + (p.planar ? pixel : 0);
   }
   const int across = (p.tile_w + patch_w - 1) / patch_w, down = (p.tile_h + patch_h - 1) / patch_h;
-  for (int i = static_cast<int>(threadIdx.x); i < p.patches; i += threads) {
+  for (int i = this_thread(); i < p.patches; i += threads) {
     int4 of_patch;
     of_patch.x = i / across / down;
     of_patch.y = i / across % down * patch_h;
@@ -111,9 +107,10 @@ __device__ __forceinline__ void fill_tables(const Forward& p, const Place& at, c
     shared.patches[i] = of_patch;
   }
   if (p.taps == Taps::global) return;
-  for (int i = static_cast<int>(threadIdx.x); i < p.halo_units; i += threads) {
+  const int in_x = at.x * p.stride_w - p.pad_left - at.lead, in_y = at.y * p.stride_h - p.pad_top;
+  for (int i = this_thread(); i < p.halo_units; i += threads) {
     const int units = p.halo_w / p.unit;
-    const int x = at.in_x + i % units * p.unit, y = at.in_y + i / units % p.halo_h;
+    const int x = in_x + i % units * p.unit, y = in_y + i / units % p.halo_h;
     const int image = at.image + i / units / p.halo_h;
     const bool inside = x >= 0 && x < p.width && y >= 0 && y < p.height && image < p.batch;
     const int64_t pixel = static_cast<int64_t>(y) * p.width + x;
@@ -126,9 +123,8 @@ __device__ __forceinline__ void fill_tables(const Forward& p, const Place& at, c
 template <class T>
 __device__ __forceinline__ void copy_span(T* to, const T* from, int count, bool wide, int threads) {
   const int vectors = wide ? count / widest<T> : 0;
-  for (int i = static_cast<int>(threadIdx.x); i < vectors; i += threads)
-    copy_async(to + i * widest<T>, from + i * widest<T>, true);
-  for (int i = vectors * widest<T> + static_cast<int>(threadIdx.x); i < count; i += threads) to[i] = from[i];
+  for (int i = this_thread(); i < vectors; i += threads) copy_async(to + i * widest<T>, from + i * widest<T>, true);
+  for (int i = vectors * widest<T> + this_thread(); i < count; i += threads) to[i] = from[i];
 }
 
 // The input of the tile for the depthwise channels from `first` on, their weights and biases.
@@ -136,7 +132,7 @@ template <class T, int threads>
 __device__ __forceinline__ void copy_input(const Forward& p, const Shared& shared, char* stage, int first) {
   const T* input = static_cast<const T*>(p.input);
   T* halo = reinterpret_cast<T*>(stage);
-  const int thread = static_cast<int>(threadIdx.x), here = min(chunk<T>, p.depth - first);
+  const int thread = this_thread(), here = min(chunk<T>, p.depth - first);
   const int taps = p.kernel_h * p.kernel_w;
   T* weights = reinterpret_cast<T*>(stage + p.halo_bytes);
   if (p.weights_shared)
@@ -183,7 +179,7 @@ __device__ __forceinline__ void copy_input(const Forward& p, const Shared& share
 template <class T, int threads, int tile_columns>
 __device__ __forceinline__ void copy_pointwise(const Forward& p, char* to, int k, int first) {
   const T* from = static_cast<const T*>(p.pointwise_weight);
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = this_thread();
   if (p.wide_pointwise) {
     constexpr int vectors = chunk_bytes / 16;
     const int part = first + thread % vectors * widest<T>;
@@ -223,50 +219,45 @@ __device__ __forceinline__ void add_window(float (&sums)[patch * lane_channels<T
   constexpr int lanes = lane_channels<T>, rows = (patch_h - 1) * stride + 3, columns = (patch_w - 1) * stride + 3;
 #pragma unroll
   for (int y = 0; y < rows; ++y, at += row_pitch) {
-    float x[columns][lanes];
 #pragma unroll
-    for (int c = 0; c < columns; ++c) read_lane<T, packed>(x[c], at + c * (packed ? chunk<T> : pixel_pitch), second);
+    for (int c = 0; c < columns; ++c) {
+      float x[lanes];
+      read_lane<T, packed>(x, at + c * (packed ? chunk<T> : pixel_pitch), second);
 #pragma unroll
-    for (int i = 0; i < patch_h; ++i) {
-      const int r = y - i * stride;
-      if (r < 0 || r > 2) continue;
+      for (int i = 0; i < patch_h; ++i)
 #pragma unroll
-      for (int s = 0; s < 3; ++s)
+        for (int j = 0; j < patch_w; ++j) {
+          const int r = y - i * stride, s = c - j * stride;
+          if (r < 0 || r > 2 || s < 0 || s > 2) continue;
 #pragma unroll
-        for (int j = 0; j < patch_w; ++j)
-#pragma unroll
-          for (int v = 0; v < lanes; ++v)
-            sums[(i * patch_w + j) * lanes + v] =
-                fmaf(x[j * stride + s][v], weights[(r * 3 + s) * lanes + v], sums[(i * patch_w + j) * lanes + v]);
+          for (int v = 0; v < lanes; ++v) {
+            float& sum = sums[(i * patch_w + j) * lanes + v];
+            sum = fmaf(x[v], weights[(r * 3 + s) * lanes + v], sum);
+          }
+        }
     }
   }
 }
 
-// The lane's part of a chunk.
+// The lane's part of a chunk; beyond the last channel something to read, where the result will be 0.
 template <class T>
 struct LaneChannels {
-  const T* weights[lane_channels<T>];  // of the first tap
-  float bias[lane_channels<T>];
-  int64_t channel[lane_channels<T>];  // of the input, from the chunk's first
-  bool inside[lane_channels<T>];
+  int filter[lane_channels<T>];   // from the chunk's first
+  int channel[lane_channels<T>];  // of the input, from the chunk's first
 };
 
-template <class T>
-__device__ __forceinline__ LaneChannels<T> lane_channels_of(const Forward& p, const char* stage, int first, int lane) {
+template <class T, bool packed>
+__device__ __forceinline__ int lane_channel(int lane, int v) {
+  return packed ? lane * lane_channels<T> + v : lane + warp_size * v;
+}
+
+template <class T, bool packed>
+__device__ __forceinline__ LaneChannels<T> lane_channels_of(const Forward& p, int first, int lane) {
   LaneChannels<T> lc;
-  const int taps = p.kernel_h * p.kernel_w;
-  const T* copied = reinterpret_cast<const T*>(stage + p.halo_bytes);
-  const T* biases = copied + (p.weights_shared ? chunk<T> * taps : 0);
 #pragma unroll
   for (int v = 0; v < lane_channels<T>; ++v) {
-    const int mine = p.packed ? lane * lane_channels<T> + v : lane + warp_size * v;
-    lc.inside[v] = first + mine < p.depth;
-    const int channel = lc.inside[v] ? mine : 0;  // something to read, where the result will be 0
-    lc.channel[v] = (first + channel) / p.multiplier - first / p.multiplier;
-    lc.weights[v] = p.weights_shared
-                        ? copied + channel * taps
-                        : static_cast<const T*>(p.depthwise_weight) + static_cast<int64_t>(first + channel) * taps;
-    lc.bias[v] = p.depthwise_bias != nullptr ? to_float(biases[channel]) : 0.f;
+    lc.filter[v] = min(lane_channel<T, packed>(lane, v), p.depth - first - 1);
+    lc.channel[v] = packed ? lc.filter[v] : (first + lc.filter[v]) / p.multiplier - first / p.multiplier;
   }
   return lc;
 }
@@ -274,15 +265,16 @@ __device__ __forceinline__ LaneChannels<T> lane_channels_of(const Forward& p, co
 // Tap by tap, for every kernel, stride and dilation; `at` as for add_window().
 template <class T>
 __device__ __forceinline__ void add_taps_shared(const Forward& p, float (&sums)[patch * lane_channels<T>], const T* at,
-                                                const LaneChannels<T>& lc) {
+                                                const T* weights, const LaneChannels<T>& lc) {
   constexpr int lanes = lane_channels<T>;
   const int across = p.stride_w * p.pixel_pitch, down = p.stride_h * p.halo_w * p.pixel_pitch;
+#pragma unroll 1
   for (int r = 0, tap = 0; r < p.kernel_h; ++r)
 #pragma unroll 1
     for (int s = 0; s < p.kernel_w; ++s, ++tap)
 #pragma unroll
       for (int v = 0; v < lanes; ++v) {
-        const float weight = to_float(lc.weights[v][tap]);
+        const float weight = to_float(weights[lc.filter[v] * p.kernel_h * p.kernel_w + tap]);
         const T* from =
             at + lc.channel[v] * p.channel_pitch + (r * p.dilation_h * p.halo_w + s * p.dilation_w) * p.pixel_pitch;
 #pragma unroll
@@ -292,77 +284,88 @@ __device__ __forceinline__ void add_taps_shared(const Forward& p, float (&sums)[
       }
 }
 
-// The same from the input itself: image and (y, x) are of the patch's first pixel.
+// The same from the input itself: image and (y, x) are of the patch's first pixel, `weights` and channels of the
+// chunk's first channel.
 template <class T>
 __device__ __forceinline__ void add_taps_global(const Forward& p, float (&sums)[patch * lane_channels<T>], int image,
-                                                int y, int x, int channel, const LaneChannels<T>& lc) {
+                                                int y, int x, int channel, const T* weights,
+                                                const LaneChannels<T>& lc) {
   constexpr int lanes = lane_channels<T>;
   if (image >= p.batch) return;
   const int64_t plane = static_cast<int64_t>(p.height) * p.width;
   const T* input = static_cast<const T*>(p.input) + image * plane * p.channels;
   const int64_t pixel_pitch = p.planar ? 1 : p.channels, channel_pitch = p.planar ? plane : 1;
+  const int64_t across = p.stride_w * pixel_pitch, down = static_cast<int64_t>(p.stride_h) * p.width * pixel_pitch;
 #pragma unroll 1
-  for (int tap = 0; tap < p.kernel_h * p.kernel_w; ++tap) {
-    const int in_y = y * p.stride_h - p.pad_top + tap / p.kernel_w * p.dilation_h;
-    const int in_x = x * p.stride_w - p.pad_left + tap % p.kernel_w * p.dilation_w;
+  for (int r = 0, tap = 0; r < p.kernel_h; ++r)
+#pragma unroll 1
+    for (int s = 0; s < p.kernel_w; ++s, ++tap) {
+      const int in_y = y * p.stride_h - p.pad_top + r * p.dilation_h;
+      const int in_x = x * p.stride_w - p.pad_left + s * p.dilation_w;
 #pragma unroll
-    for (int v = 0; v < lanes; ++v) {
-      const float weight = to_float(lc.weights[v][tap]);
-      const T* from = input + (channel + lc.channel[v]) * channel_pitch;
+      for (int v = 0; v < lanes; ++v) {
+        const float weight = to_float(weights[static_cast<int64_t>(lc.filter[v]) * p.kernel_h * p.kernel_w + tap]);
+        const T* from = input + (static_cast<int64_t>(in_y) * p.width + in_x) * pixel_pitch +
+                        (channel + lc.channel[v]) * channel_pitch;
 #pragma unroll
-      for (int i = 0; i < patch; ++i) {
-        const int at_y = in_y + i / patch_w * p.stride_h, at_x = in_x + i % patch_w * p.stride_w;
-        if (at_y >= 0 && at_y < p.height && at_x >= 0 && at_x < p.width)
-          sums[i * lanes + v] = fmaf(to_float(from[(static_cast<int64_t>(at_y) * p.width + at_x) * pixel_pitch]),
-                                     weight, sums[i * lanes + v]);
+        for (int i = 0; i < patch; ++i) {
+          const int at_y = in_y + i / patch_w * p.stride_h, at_x = in_x + i % patch_w * p.stride_w;
+          if (at_y >= 0 && at_y < p.height && at_x >= 0 && at_x < p.width)
+            sums[i * lanes + v] =
+                fmaf(to_float(from[i / patch_w * down + i % patch_w * across]), weight, sums[i * lanes + v]);
+        }
       }
     }
-  }
 }
 
 // A[pixel][channel] = mid_act(depthwise + bias), rounded once, for the channels from `first` on; zeros beyond the last.
 // A warp has a patch of pixels, its lanes the channels: so the lanes read and write 128 bytes of a row.
-template <class T, class Arithmetic, int threads>
-__device__ __forceinline__ void depthwise(const Forward& p, const Place& at, const Shared& shared, const char* stage,
-                                          int first) {
+template <class T, class Arithmetic, int threads, Taps taps, bool packed>
+__device__ __forceinline__ void depthwise_by(const Forward& p, const Place& at, const Shared& shared, const char* stage,
+                                             int first) {
   constexpr int lanes = lane_channels<T>;
-  const int lane = static_cast<int>(threadIdx.x) % warp_size;
-  const LaneChannels<T> lc = lane_channels_of<T>(p, stage, first, lane);
+  const int lane = this_thread() % warp_size;
+  const LaneChannels<T> lc = lane_channels_of<T, packed>(p, first, lane);
+  const T* copied = reinterpret_cast<const T*>(stage + p.halo_bytes);
+  const T* biases = copied + (p.weights_shared ? chunk<T> * p.kernel_h * p.kernel_w : 0);
   float weights[9 * lanes];
-  if (p.taps == Taps::window) {
+  if constexpr (taps == Taps::window) {
 #pragma unroll
     for (int tap = 0; tap < 9; ++tap)
 #pragma unroll
-      for (int v = 0; v < lanes; ++v) weights[tap * lanes + v] = to_float(lc.weights[v][tap]);
+      for (int v = 0; v < lanes; ++v) weights[tap * lanes + v] = to_float(copied[lc.filter[v] * 9 + tap]);
   }
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x) / warp_size; i < p.patches; i += threads / warp_size) {
+  for (int i = this_thread() / warp_size; i < p.patches; i += threads / warp_size) {
     const int4 place = shared.patches[i];
     const int image = place.x, y = place.y, x = place.z;
     float sums[patch * lanes] = {};
     const T* halo = reinterpret_cast<const T*>(stage) +
                     ((image * p.halo_h + y * p.stride_h) * p.halo_w + x * p.stride_w + at.lead) * p.pixel_pitch;
-    if (p.taps == Taps::window) {
+    if constexpr (taps == Taps::window) {
       const T* from = halo + lc.channel[0] * p.channel_pitch;
-      const int second = static_cast<int>(lc.channel[lanes - 1] - lc.channel[0]) * p.channel_pitch;
-      const int row = p.halo_w * p.pixel_pitch;
-      if (p.packed && p.stride_h == 1)
-        add_window<T, 1, true>(sums, from, second, row, p.pixel_pitch, weights);
-      else if (p.packed)
-        add_window<T, 2, true>(sums, from, second, row, p.pixel_pitch, weights);
-      else if (p.stride_h == 1)
-        add_window<T, 1, false>(sums, from, second, row, p.pixel_pitch, weights);
+      const int second = (lc.channel[lanes - 1] - lc.channel[0]) * p.channel_pitch;
+      if (p.stride_h == 1)
+        add_window<T, 1, packed>(sums, from, second, p.halo_w * p.pixel_pitch, p.pixel_pitch, weights);
       else
-        add_window<T, 2, false>(sums, from, second, row, p.pixel_pitch, weights);
-    } else if (p.taps == Taps::shared) {
-      add_taps_shared<T>(p, sums, halo, lc);
+        add_window<T, 2, packed>(sums, from, second, p.halo_w * p.pixel_pitch, p.pixel_pitch, weights);
     } else {
-      add_taps_global<T>(p, sums, at.image + image, at.y + y, at.x + x, first / p.multiplier, lc);
+      const T* filters = p.weights_shared ? copied
+                                          : static_cast<const T*>(p.depthwise_weight) +
+                                                static_cast<int64_t>(first) * p.kernel_h * p.kernel_w;
+      if constexpr (taps == Taps::shared)
+        add_taps_shared<T>(p, sums, halo, filters, lc);
+      else
+        add_taps_global<T>(p, sums, at.image + image, at.y + y, at.x + x, first / p.multiplier, filters, lc);
     }
+    if (p.depthwise_bias != nullptr) {
 #pragma unroll
-    for (int j = 0; j < patch; ++j)
+      for (int v = 0; v < lanes; ++v) {
+        const float bias = to_float(biases[lc.filter[v]]);
 #pragma unroll
-      for (int v = 0; v < lanes; ++v) sums[j * lanes + v] += lc.bias[v];
+        for (int j = 0; j < patch; ++j) sums[j * lanes + v] += bias;
+      }
+    }
     activate(p.mid_activation, sums);
     char* row = shared.a + ((image * p.tile_h + y) * p.tile_w + x) * chunk_pitch;
 #pragma unroll
@@ -372,10 +375,10 @@ __device__ __forceinline__ void depthwise(const Forward& p, const Place& at, con
       float mine[lanes];
 #pragma unroll
       for (int v = 0; v < lanes; ++v) {
-        mine[v] = lc.inside[v] ? sums[j * lanes + v] : 0.f;
+        mine[v] = first + lane_channel<T, packed>(lane, v) < p.depth ? sums[j * lanes + v] : 0.f;
         if constexpr (std::is_same<Arithmetic, Tf32>::value) mine[v] = round_to_tf32(mine[v]);
       }
-      if (p.packed || lanes == 1) {
+      if constexpr (packed || lanes == 1) {
         store(to + lane * lanes, mine);
       } else {
 #pragma unroll
@@ -383,6 +386,15 @@ __device__ __forceinline__ void depthwise(const Forward& p, const Place& at, con
       }
     }
   }
+}
+
+template <class T, class Arithmetic, int threads, Taps taps>
+__device__ __forceinline__ void depthwise(const Forward& p, const Place& at, const Shared& shared, const char* stage,
+                                          int first) {
+  if (taps == Taps::window && p.packed)
+    depthwise_by<T, Arithmetic, threads, taps, true>(p, at, shared, stage, first);
+  else
+    depthwise_by<T, Arithmetic, threads, taps, false>(p, at, shared, stage, first);
 }
 
 }  // namespace cuda

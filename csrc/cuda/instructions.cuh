@@ -18,6 +18,13 @@
 namespace fastsep {
 namespace cuda {
 
+// threadIdx.x, read anew each time: what a stage derives from it is then not kept in registers through other stages.
+__device__ __forceinline__ int this_thread() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }

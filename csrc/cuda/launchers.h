@@ -10,6 +10,13 @@ struct Launchers {
   // The fused pair; out_channels > 0 and batch > 0.
   int32_t (*forward)(const Problem& problem, Options options, const void* input, const Weights& weights, void* output,
                      Queue queue);
+  // The depthwise half alone, K = 0.
+  int32_t (*depthwise)(const Problem& problem, const void* input, const Weights& weights, void* output, Queue queue);
+  // Any problem, and any of the gradients; what the workspace needs for them.
+  int32_t (*backward)(const Problem& problem, Options options, const void* input, const Weights& weights,
+                      const void* saved, const void* grad_output, const Gradients& gradients, void* workspace,
+                      Queue queue);
+  size_t (*backward_bytes)(const Problem& problem, const Gradients& gradients);
   // How forward() is called in reports, with and without tf32.
   const char* forward_name;
   const char* forward_name_tf32;

@@ -94,7 +94,14 @@ void run_case(const Variant& variant, const Case& c, size_t index) {
     for (const bool integers : {true, false}) {
       const bool wide = (index + (layout == Layout::nhwc) + integers) % 2 == 0;
       cuda_host::multiprocessors = index % 3 == 0 ? 1 : 100;
-      test_forward(variant, c, integers ? with_integer_activations(p) : p, integers, wide);
+      Problem depthwise = p;
+      depthwise.out_channels = 0;
+      depthwise.activation = Activation::identity;
+      for (const Problem& problem : {p, depthwise}) {
+        const Problem exact = with_integer_activations(problem);
+        test_forward(variant, c, integers ? exact : problem, integers, wide);
+        test_backward(variant, c, integers ? exact : problem, integers, wide, index % 16 == 0);
+      }
     }
   }
 }

@@ -12,7 +12,7 @@ namespace cuda_host {
 
 Order order = Order::forward;
 int multiprocessors = 4;
-int64_t launches = 0;
+std::set<const void*> kernels;
 Thread current = {};
 
 namespace {
@@ -133,7 +133,6 @@ cudaError_t run(dim3 grid, int threads, size_t shared_bytes, const std::function
     return cudaErrorInvalidConfiguration;
   if (shared_bytes > 163 * 1024) return cudaErrorInvalidValue;
   if (threads % 32 != 0) fail("a block that is not made of whole warps");
-  ++launches;
   while (workers.size() < static_cast<size_t>(threads)) workers.push_back(std::make_unique<Worker>());
   slots.resize(static_cast<size_t>(threads) / 32);
   void* memory = nullptr;

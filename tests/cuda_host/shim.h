@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <set>
 #include <type_traits>
 
 #include "fastsep_cuda.h"
@@ -90,7 +91,7 @@ namespace cuda_host {
 enum class Order { forward, backward };
 extern Order order;          // in which threads and blocks run
 extern int multiprocessors;  // that the device pretends to have
-extern int64_t launches;     // so far
+extern std::set<const void*> kernels;  // launched so far
 
 struct Thread {
   dim3 thread, block, block_size, grid;
@@ -162,9 +163,11 @@ inline char* shared_memory() { return cuda_host::current.shared; }
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes, const Params& params, Queue) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
+  cuda_host::kernels.insert(reinterpret_cast<const void*>(kernel));
   return cuda_host::run(grid, threads, shared_bytes, [&] { kernel(params); });
 }
 
+inline int this_thread() { return static_cast<int>(threadIdx.x); }
 inline int multiprocessors(Queue) { return cuda_host::multiprocessors; }
 
 void copy_async(void* to, const void* from, bool whole);
