@@ -1,10 +1,11 @@
 """What the CUDA kernels take of a GPU, from what the compiler says of them with -Xptxas=-v.
 
-    cmake --preset cuda && cmake --build --preset cuda > build.txt; python benchmarks/cuda_resources.py build.txt
+    cmake --preset cuda && cmake --build --preset cuda > build.txt
+    python benchmarks/cuda_resources.py build.txt
 
-Exit status 1 where a kernel spills registers, or spills more bytes than benchmarks/cuda_spills.txt allows it, or
-where the compiler serialises wgmma instructions; 2 where the text tells of no kernel at all. The build has to be
-a whole one: what is not compiled says nothing.
+Exit status 1 where a kernel spills registers, more bytes than benchmarks/cuda_spills.txt allows it, or where
+the compiler serialises wgmma instructions; 2 where the text tells of no kernel at all. The build has to be a
+whole one: what is not compiled says nothing.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def parse(text: str) -> tuple[list[Kernel], list[str]]:
 
 
 def allowances(text: str) -> list[Allowance]:
-    """A line each: a regular expression of the kernel's name, the architecture, how many bytes; # a comment."""
+    """A line each: a regular expression of the kernel's name, the architecture, bytes; # begins a comment."""
     found = []
     for line in text.splitlines():
         if words := line.split("#")[0].split():

@@ -6,7 +6,7 @@
 
 A cell is a layer, a batch, a dtype and a phase; in it all contenders take turns, in both layouts: fastsep as
 it comes, its paths by themselves, torch's two convolutions, plain loops over the taps, torch.compile. At
-batch 1 also from a CUDA graph. --dry-run measures tiny layers on the CPU, which only shows that all of it runs.
+batch 1 also from a CUDA graph. --dry-run measures tiny layers on the CPU, to show that all of it runs.
 """
 
 import argparse
