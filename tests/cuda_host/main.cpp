@@ -115,6 +115,7 @@ int run(const std::vector<std::string>& paths) {
     const int before = tally.checks;
     const auto begin = std::chrono::steady_clock::now();
     for (size_t i = 0; i < cases.size(); ++i) run_case(variant, cases[i], i);
+    test_coverage(variant);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
     std::cout << variant.name << ": " << cases.size() << " cases, " << tally.checks - before << " checks, "
               << seconds.count() << " s" << std::endl;
