@@ -21,7 +21,7 @@ namespace cuda {
 
 inline int64_t round_to_256(int64_t bytes) { return divide_up(bytes, 256) * 256; }
 
-template <class T, class Arithmetic, bool a_across, bool b_across, class Out>
+template <class T, class Arithmetic, bool a_across, bool b_across, bool a_slopes, class Out>
 cudaError_t launch_product(Product p, bool large, Queue queue) {
   p.tiles_m = divide_up(p.m, large ? LargeProduct::rows : SmallProduct::rows);
   p.tiles_n = divide_up(p.n, large ? LargeProduct::columns : SmallProduct::columns);
@@ -30,9 +30,9 @@ cudaError_t launch_product(Product p, bool large, Queue queue) {
   const int64_t blocks = p.tiles_m * p.tiles_n * p.parts;
   if (blocks > most_blocks) return cudaErrorInvalidConfiguration;
   if (large)
-    return launch(product<T, Arithmetic, a_across, b_across, Out, LargeProduct>, line_of_blocks(blocks),
+    return launch(product<T, Arithmetic, a_across, b_across, a_slopes, Out, LargeProduct>, line_of_blocks(blocks),
                   LargeProduct::threads, LargeProduct::shared_bytes, p, queue);
-  return launch(product<T, Arithmetic, a_across, b_across, Out, SmallProduct>, line_of_blocks(blocks),
+  return launch(product<T, Arithmetic, a_across, b_across, a_slopes, Out, SmallProduct>, line_of_blocks(blocks),
                 SmallProduct::threads, SmallProduct::shared_bytes, p, queue);
 }
 
@@ -127,8 +127,9 @@ struct Backward {
       p.chunks = weight_chunks();
       p.part_size = weight_part_size();
       p.parts = add.count = weight_parts();
-      const cudaError_t error = nhwc ? launch_product<T, Arithmetic, true, true, float>(p, large_weights(), queue)
-                                     : launch_product<T, Arithmetic, false, false, float>(p, large_weights(), queue);
+      const cudaError_t error =
+          nhwc ? launch_product<T, Arithmetic, true, true, true, float>(p, large_weights(), queue)
+               : launch_product<T, Arithmetic, false, false, true, float>(p, large_weights(), queue);
       if (error != cudaSuccess) return error;
     }
     return launch_add_parts<T>(add, queue);
@@ -151,8 +152,8 @@ struct Backward {
     p.a = nhwc ? of_v : of_w;
     p.b = nhwc ? of_w : of_v;
     const bool large = p.m > 64 && p.n > 64 && divide_up(p.m, 128) * divide_up(p.n, 128) * p.parts >= enough_blocks / 2;
-    return nhwc ? launch_product<T, Arithmetic, false, true, T>(p, large, queue)
-                : launch_product<T, Arithmetic, true, true, T>(p, large, queue);
+    return nhwc ? launch_product<T, Arithmetic, false, true, true, T>(p, large, queue)
+                : launch_product<T, Arithmetic, true, true, false, T>(p, large, queue);
   }
 
   template <class Arithmetic>

@@ -78,6 +78,7 @@ Outcome backward(const Problem& problem, Options options, const void* input, con
 
 const char* forward_kernel_name(const Problem& problem, Options options) {
   const Launchers& launchers = launchers_of(problem.dtype);
+  if (problem.out_channels == 0) return launchers.depthwise_name;
   return options.tf32 ? launchers.forward_name_tf32 : launchers.forward_name;
 }
 

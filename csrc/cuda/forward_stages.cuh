@@ -302,17 +302,20 @@ __device__ __forceinline__ void add_taps_global(const Forward& p, float (&sums)[
     for (int s = 0; s < p.kernel_w; ++s, ++tap) {
       const int in_y = y * p.stride_h - p.pad_top + r * p.dilation_h;
       const int in_x = x * p.stride_w - p.pad_left + s * p.dilation_w;
+      const int64_t from = (static_cast<int64_t>(in_y) * p.width + in_x) * pixel_pitch;
+      float weight[lanes];
 #pragma unroll
-      for (int v = 0; v < lanes; ++v) {
-        const float weight = to_float(weights[static_cast<int64_t>(lc.filter[v]) * p.kernel_h * p.kernel_w + tap]);
-        const T* from = input + (static_cast<int64_t>(in_y) * p.width + in_x) * pixel_pitch +
-                        (channel + lc.channel[v]) * channel_pitch;
+      for (int v = 0; v < lanes; ++v)
+        weight[v] = to_float(weights[static_cast<int64_t>(lc.filter[v]) * p.kernel_h * p.kernel_w + tap]);
 #pragma unroll
-        for (int i = 0; i < patch; ++i) {
-          const int at_y = in_y + i / patch_w * p.stride_h, at_x = in_x + i % patch_w * p.stride_w;
-          if (at_y >= 0 && at_y < p.height && at_x >= 0 && at_x < p.width)
-            sums[i * lanes + v] =
-                fmaf(to_float(from[i / patch_w * down + i % patch_w * across]), weight, sums[i * lanes + v]);
+      for (int i = 0; i < patch; ++i) {
+        const int at_y = in_y + i / patch_w * p.stride_h, at_x = in_x + i % patch_w * p.stride_w;
+        if (at_y < 0 || at_y >= p.height || at_x < 0 || at_x >= p.width) continue;
+#pragma unroll
+        for (int v = 0; v < lanes; ++v) {
+          const T* pixel = input + (channel + lc.channel[v]) * channel_pitch + from;
+          sums[i * lanes + v] =
+              fmaf(to_float(pixel[i / patch_w * down + i % patch_w * across]), weight[v], sums[i * lanes + v]);
         }
       }
     }

@@ -17,9 +17,10 @@ struct Launchers {
                       const void* saved, const void* grad_output, const Gradients& gradients, void* workspace,
                       Queue queue);
   size_t (*backward_bytes)(const Problem& problem, const Gradients& gradients);
-  // How forward() is called in reports, with and without tf32.
+  // What forward() launches, for reports: the fused pair, with tf32 too, and the depthwise half alone.
   const char* forward_name;
   const char* forward_name_tf32;
+  const char* depthwise_name;
 };
 
 extern const Launchers launchers_f32, launchers_f16, launchers_bf16;

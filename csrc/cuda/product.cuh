@@ -73,14 +73,14 @@ __device__ __forceinline__ void multiply_slopes(Activation activation, float (&g
 }
 
 // `valid` elements from `offset` on, the rest 0, as the product takes them.
-template <class T, class Arithmetic>
+template <class T, class Arithmetic, bool slopes>
 __device__ __forceinline__ void read_operand(float (&to)[widest<T>], const Operand& o, int64_t offset, int64_t valid) {
   const T* const data = static_cast<const T*>(o.data) + offset;
   if (o.wide && valid >= widest<T>)
     load(to, data);
   else
     load_first(to, data, valid);
-  if (o.activation != Activation::identity) {
+  if (slopes && o.activation != Activation::identity) {
     const T* const saved = static_cast<const T*>(o.saved) + offset;
     float z[widest<T>];
     if (o.wide && valid >= widest<T>)
@@ -96,7 +96,7 @@ __device__ __forceinline__ void read_operand(float (&to)[widest<T>], const Opera
 }
 
 // to[row][chunk] = operand(first + row, r ...); zeros beyond `count` rows and `left` elements of r.
-template <class T, class Arithmetic, bool across, int rows, int threads>
+template <class T, class Arithmetic, bool across, bool slopes, int rows, int threads>
 __device__ __forceinline__ void stage_operand(char* to, const Operand& o, int64_t image, int64_t first, int64_t count,
                                               int64_t r, int64_t left) {
   constexpr int vector = widest<T>, vectors = chunk<T> / vector;
@@ -108,7 +108,7 @@ __device__ __forceinline__ void stage_operand(char* to, const Operand& o, int64_
       const int row = i / vectors, part = i % vectors * vector;
       float values[vector] = {};
       if (first + row < count && part < left)
-        read_operand<T, Arithmetic>(values, o, base + (first + row) * o.pitch + r + part, left - part);
+        read_operand<T, Arithmetic, slopes>(values, o, base + (first + row) * o.pitch + r + part, left - part);
       store(reinterpret_cast<T*>(to + row * chunk_pitch) + part, values);
     }
   } else {
@@ -122,8 +122,8 @@ __device__ __forceinline__ void stage_operand(char* to, const Operand& o, int64_
 #pragma unroll
       for (int j = 0; j < together; ++j)
         if (word * together + j < left && first + row < count)
-          read_operand<T, Arithmetic>(values[j], o, base + (r + word * together + j) * o.pitch + first + row,
-                                      count - first - row);
+          read_operand<T, Arithmetic, slopes>(values[j], o, base + (r + word * together + j) * o.pitch + first + row,
+                                              count - first - row);
 #pragma unroll
       for (int v = 0; v < vector; ++v) {
         float pair[together];
@@ -135,7 +135,8 @@ __device__ __forceinline__ void stage_operand(char* to, const Operand& o, int64_
   }
 }
 
-template <class T, class Arithmetic, bool a_across, bool b_across, class Out, class Tile>
+// a_slopes: A is dv, else B is.
+template <class T, class Arithmetic, bool a_across, bool b_across, bool a_slopes, class Out, class Tile>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks) product(const Product p) {
   const int lane = static_cast<int>(threadIdx.x) % warp_size, warp = static_cast<int>(threadIdx.x) / warp_size;
   const int warp_m = warp % Tile::warps_m, warp_n = warp / Tile::warps_m;
@@ -152,10 +153,10 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks) product(const Pro
   const int64_t end = begin + p.part_size < all ? begin + p.part_size : all;
   int64_t image = divide(begin, p.chunks), r = (begin - image * p.chunks) * chunk<T>;
 #pragma unroll 1
-  for (int64_t step = begin; step < end; ++step) {
+  for (int steps = static_cast<int>(end - begin); steps > 0; --steps) {
     const int64_t left = p.r - r;
-    stage_operand<T, Arithmetic, a_across, Tile::rows, Tile::threads>(a, p.a, image, m, p.m, r, left);
-    stage_operand<T, Arithmetic, b_across, Tile::columns, Tile::threads>(b, p.b, image, n, p.n, r, left);
+    stage_operand<T, Arithmetic, a_across, a_slopes, Tile::rows, Tile::threads>(a, p.a, image, m, p.m, r, left);
+    stage_operand<T, Arithmetic, b_across, !a_slopes, Tile::columns, Tile::threads>(b, p.b, image, n, p.n, r, left);
     __syncthreads();
     const int bytes = left < chunk<T> ? static_cast<int>(left) * static_cast<int>(sizeof(T)) : chunk_bytes;
     sums.add(a + warp_m * Tile::warp_rows * chunk_pitch, b + warp_n * Tile::warp_columns * chunk_pitch,

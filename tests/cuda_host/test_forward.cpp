@@ -9,6 +9,8 @@ namespace {
 
 using namespace fastsep;
 
+std::set<const void*> fused_kernels;  // that ran since the last test_coverage()
+
 struct Run {
   const Variant& variant;
   const Case& c;
@@ -22,9 +24,11 @@ struct Run {
     const cuda::Options options = {variant.tf32};
     size_t bytes = 1;
     if (cuda::forward_workspace_bytes(p, options, &bytes) != Status::ok) return false;
+    cuda_host::kernels.clear();
     const Guarded workspace(bytes, Tight::end, 256);
     const cuda::Outcome outcome =
         cuda::forward(p, options, input.memory.as(), weights, output.memory.as(), workspace.as(), bytes, {0, nullptr});
+    if (p.out_channels > 0) fused_kernels.insert(cuda_host::kernels.begin(), cuda_host::kernels.end());
     return outcome.status == Status::ok && outcome.cuda_error == 0;
   }
 
@@ -83,6 +87,13 @@ struct Run {
 
 void test_forward(const Variant& variant, const Case& c, const Problem& p, bool integers, bool wide) {
   Run{variant, c, p, integers, wide}.all();
+}
+
+void test_coverage(const Variant& variant) {
+  // Four tilings with the taps as a window, two each with them in shared and in global memory.
+  expect(fused_kernels.size() == 8, std::string(variant.name) + ": cases ran " + std::to_string(fused_kernels.size()) +
+                                        " of the 8 kernels of the fused forward pass");
+  fused_kernels.clear();
 }
 
 }  // namespace fastsep_tests
