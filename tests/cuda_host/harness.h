@@ -55,8 +55,8 @@ void test_shim();
 // All checks of forward() on one case, in the problem's dtype and layout: small integers or reals, addresses aligned to
 // 16 bytes or to one element only.
 void test_forward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide);
-// That all of the variant's kernels have had a case.
-void test_coverage(const Variant& variant);
+// Larger problems, for the tilings that the table's small ones do not take; and that in all, every fused kernel ran.
+void test_tilings(const Variant& variant);
 // The same of backward(), and with `subsets` every choice of gradients.
 void test_backward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide,
                    bool subsets);

@@ -1,6 +1,7 @@
 // The fused forward pass on the host: see main.cpp for what is run on which case.
 #include <cmath>
 #include <cstring>
+#include <set>
 
 #include "harness.h"
 
@@ -89,7 +90,29 @@ void test_forward(const Variant& variant, const Case& c, const Problem& p, bool 
   Run{variant, c, p, integers, wide}.all();
 }
 
-void test_coverage(const Variant& variant) {
+void test_tilings(const Variant& variant) {
+  struct Layer {
+    const char* line;
+    int64_t channels, size, out_channels, stride, dilation;
+  };
+  const Layer layers[] = {{"128 x 128", 40, 17, 136, 1, 1},
+                          {"128 x 64", 40, 17, 56, 1, 1},
+                          {"64 x 128, stride 2", 40, 33, 128, 2, 1},
+                          {"64 x 128, dilation 2", 40, 17, 128, 1, 2},
+                          {"64 x 128, dilation 24", 40, 17, 128, 1, 24}};
+  for (const Layer& layer : layers)
+    for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
+      Case c = {layer.line, {}, true, true};
+      Problem& p = c.problem;
+      p.batch = 1, p.channels = layer.channels, p.height = p.width = layer.size, p.out_channels = layer.out_channels;
+      p.multiplier = 1, p.kernel_h = p.kernel_w = 3, p.stride_h = p.stride_w = layer.stride;
+      p.dilation_h = p.dilation_w = layer.dilation;
+      p.pad_top = p.pad_bottom = p.pad_left = p.pad_right = layer.dilation;
+      p.dtype = variant.dtype, p.layout = layout;
+      p.mid_activation = Activation::relu6, p.activation = Activation::hardswish;
+      cuda_host::multiprocessors = 1;
+      test_forward(variant, c, p, false, true);
+    }
   // Four tilings with the taps as a window, two each with them in shared and in global memory.
   expect(fused_kernels.size() == 8, std::string(variant.name) + ": cases ran " + std::to_string(fused_kernels.size()) +
                                         " of the 8 kernels of the fused forward pass");
