@@ -1,4 +1,4 @@
-// The Python module _core: integers in, Problem out. The only file here that knows of pybind11.
+// The Python module _core.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #ifdef __linux__
@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings.h"
 #include "cpu/parallel.h"
 #include "cpu/series.h"
 #include "fastsep.h"
@@ -23,39 +24,10 @@ using namespace fastsep;
 
 namespace {
 
-void check(Status status) {
-  if (status != Status::ok) throw py::value_error(describe(status));
-}
-
 Problem to_problem(const py::tuple& fields) {
-  constexpr size_t count = 20, expanded_count = 31;
-  if (fields.size() != count && fields.size() != expanded_count)
-    throw py::value_error("a problem has 20 fields, or 31 with an expansion");
-  int64_t v[expanded_count] = {};
-  for (size_t i = 0; i < fields.size(); ++i) v[i] = fields[i].cast<int64_t>();
-  const auto number = [](int64_t value) {
-    return value >= 0 && value < 1000 ? static_cast<int32_t>(value) : int32_t{-1};
-  };
-  Problem p;
-  p.batch = v[0], p.channels = v[1], p.height = v[2], p.width = v[3];
-  p.out_channels = v[4], p.multiplier = v[5];
-  p.kernel_h = v[6], p.kernel_w = v[7];
-  p.stride_h = v[8], p.stride_w = v[9];
-  p.dilation_h = v[10], p.dilation_w = v[11];
-  p.pad_top = v[12], p.pad_bottom = v[13], p.pad_left = v[14], p.pad_right = v[15];
-  p.dtype = static_cast<Dtype>(number(v[16]));
-  p.layout = static_cast<Layout>(number(v[17]));
-  p.mid_activation = static_cast<Activation>(number(v[18]));
-  p.activation = static_cast<Activation>(number(v[19]));
-  p.residual = v[20] != 0;
-  p.expand.channels = v[21];
-  p.expand.activation = static_cast<Activation>(number(v[22]));
-  p.expand.height = v[23], p.expand.width = v[24];
-  p.expand.kernel_h = v[25], p.expand.kernel_w = v[26];
-  p.expand.stride_h = v[27], p.expand.stride_w = v[28];
-  p.expand.pad_top = v[29], p.expand.pad_left = v[30];
-  check(validate(p));
-  return p;
+  const Problem problem = read_problem(fields);
+  check(validate(problem));
+  return problem;
 }
 
 Isa to_isa(const std::string& name) {
@@ -79,19 +51,10 @@ Isa fast_isa(const std::string& name) {
   return best;
 }
 
-const void* address(uintptr_t value) { return reinterpret_cast<const void*>(value); }
-void* mutable_address(uintptr_t value) { return reinterpret_cast<void*>(value); }
-
 Weights to_weights(uintptr_t depthwise_weight, uintptr_t depthwise_bias, uintptr_t pointwise_weight, uintptr_t bias,
                    uintptr_t expand_weight = 0, uintptr_t expand_bias = 0) {
   return {address(depthwise_weight), address(depthwise_bias), address(pointwise_weight), address(bias),
           address(expand_weight),    address(expand_bias)};
-}
-
-Gradients to_gradients(uintptr_t input, uintptr_t depthwise_weight, uintptr_t depthwise_bias,
-                       uintptr_t pointwise_weight, uintptr_t bias) {
-  return {mutable_address(input), mutable_address(depthwise_weight), mutable_address(depthwise_bias),
-          mutable_address(pointwise_weight), mutable_address(bias)};
 }
 
 // Memory of this size comes fresh from the operating system at every allocation (glibc's largest threshold for mmap),

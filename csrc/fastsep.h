@@ -41,7 +41,8 @@
 
 namespace fastsep {
 
-enum class Dtype : int32_t { f32 = 0, f64 = 1 };
+// f16 and bf16 have kernels on CUDA only, see fastsep_cuda.h.
+enum class Dtype : int32_t { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 
 enum class Layout : int32_t { nchw = 0, nhwc = 1 };
 

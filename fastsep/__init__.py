@@ -7,6 +7,7 @@ torch.Size([1, 64, 112, 112])
 
 from typing import TYPE_CHECKING
 
+from . import _cuda_kernels as _cuda_kernels  # which registers them
 from . import models, reference
 from ._decompositions import decompositions
 from ._weights import load_from

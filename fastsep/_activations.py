@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -47,6 +48,19 @@ _TABLE: list[tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], T
 ]
 
 ACTIVATIONS = {name: Activation(code, f, df) for code, (name, f, df) in enumerate(_TABLE)}
+
+# Those that can overwrite their argument, as a careful user of torch writes them behind a convolution.
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": torch.relu_,
+    "relu6": partial(F.relu6, inplace=True),
+    "leaky_relu": F.leaky_relu_,
+    "silu": partial(F.silu, inplace=True),
+    "hardswish": partial(F.hardswish, inplace=True),
+    "hardsigmoid": partial(F.hardsigmoid, inplace=True),
+    "sigmoid": torch.sigmoid_,
+    "tanh": torch.tanh_,
+}
 
 _NAMES: dict[str | None, str] = {None: "identity", **{name: name for name in ACTIVATIONS}}
 

@@ -39,13 +39,10 @@ depthwise_op: Callable[..., list[Tensor]] = torch.ops.fastsep.depthwise_conv2d_b
 
 def wants_output(input: Tensor, activation: str) -> bool:
     """Whether the native backward pass can do without the pointwise half if it is given the output."""
-    return (
-        activation != "identity"
-        and input.dtype in _native.DTYPES
-        and input.is_cpu
-        and _native.core is not None
-        and _native.core.derivative_from_output(ACTIVATIONS[activation].code)
-    )
+    if activation == "identity":
+        return False
+    module = _native.serving(input)
+    return module is not None and module.derivative_from_output(ACTIVATIONS[activation].code)
 
 
 def compose(
@@ -127,6 +124,32 @@ def check_needed(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> No
             raise RuntimeError(f"needed must be False for the {name}, which is None, got {list(needed)}")
 
 
+def check_gradients(
+    grad: Tensor, tensors: Sequence[Any], saved: Tensor | None, shape: Sequence[int], needed: Sequence[bool]
+) -> None:
+    check_needed(tensors, needed)
+    check_grad("grad", grad, tensors[0], shape)
+    if saved is not None:
+        check_grad("saved", saved, tensors[0], shape)
+
+
+def empty_gradients(
+    tensors: Sequence[Tensor | None],
+    layout: torch.memory_format,
+    needed: Sequence[bool],
+    *,
+    zeros: bool = False,
+) -> list[Tensor]:
+    """Room for those that are needed: of the input in its format, of weights row-major."""
+    formats = [layout] + [torch.contiguous_format] * 4
+    made = [
+        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=format)
+        for x, format, need in zip(tensors, formats, needed, strict=True)
+        if need and x is not None
+    ]
+    return [gradient.zero_() for gradient in made] if zeros else made
+
+
 # The kernels. The arguments are the gradient of the output, the five tensors, the output where it was saved,
 # the rest of separable_conv2d's, and which of the five gradients are needed; those come back in this order.
 
@@ -144,28 +167,15 @@ def cpu_kernel(
     core, dtype = _native.core, input.dtype
     tensors = input, depthwise_weight, pointwise_weight, depthwise_bias, bias
     if core is None or dtype not in _native.DTYPES:
-        return _composed_kernel(grad, *tensors, saved, *rest)
+        return composed_kernel(grad, *tensors, saved, *rest)
     *geometry, needed = rest
     problem, shape, layout = _ops.native_problem(*tensors, *geometry)
-    check_needed(tensors, needed)
-    check_grad("grad", grad, input, shape)
-    if saved is not None:
-        check_grad("saved", saved, input, shape)
-    # A gradient of the input in the input's format, of weights row-major.
-    formats = [layout] + [torch.contiguous_format] * 4
-    if shape[0] == 0:
-        return [
-            torch.zeros_like(x, memory_format=format)
-            for x, format, need in zip(tensors, formats, needed, strict=True)
-            if need and x is not None
-        ]
-    gradients = [
-        torch.empty(x.shape, dtype=dtype, memory_format=format) if need and x is not None else None
-        for x, format, need in zip(tensors, formats, needed, strict=True)
-    ]
-    wanted = [gradient for gradient in gradients if gradient is not None]
-    if not wanted:
+    check_gradients(grad, tensors, saved, shape, needed)
+    wanted = empty_gradients(tensors, layout, needed, zeros=shape[0] == 0)
+    if shape[0] == 0 or not wanted:
         return wanted
+    room = iter(wanted)
+    gradients = [next(room) if need else None for need in needed]
     if _native.own_pool:
         core.set_num_threads(torch.get_num_threads())
     # Named, so that a dense copy lives until the call is over.
@@ -187,7 +197,7 @@ def cpu_kernel(
     return wanted
 
 
-def _composed_kernel(grad: Tensor, *args: Any) -> list[Tensor]:
+def composed_kernel(grad: Tensor, *args: Any) -> list[Tensor]:
     tensors, geometry, needed = args[:5], args[6:-1], args[-1]
     _fake_kernel(grad, *args)
     given: Any = (grad, *tensors, *geometry, needed)
@@ -206,16 +216,8 @@ def _fake_kernel(grad: Tensor, *args: Any) -> list[Tensor]:
     input = tensors[0]
     shape = _ops.output_shape(*tensors, *geometry[:3])
     check_types(*tensors)
-    check_needed(tensors, needed)
-    check_grad("grad", grad, input, shape)
-    if saved is not None:
-        check_grad("saved", saved, input, shape)
-    formats = [_ops.memory_format(input)] + [torch.contiguous_format] * 4
-    return [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=format)
-        for x, format, need in zip(tensors, formats, needed, strict=True)
-        if need
-    ]
+    check_gradients(grad, tensors, saved, shape, needed)
+    return empty_gradients(tensors, _ops.memory_format(input), needed)
 
 
 def _autograd_kernel(grad: Tensor, *args: Any) -> list[Tensor]:
@@ -311,13 +313,16 @@ def _reported(kernel: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]
 if _ops.VERBOSE:
     cpu_kernel = _reported(cpu_kernel)
 
-for key, kernel in {
-    "CPU": cpu_kernel,
-    "CompositeExplicitAutograd": _composed_kernel,
-    "Autograd": _autograd_kernel,
-}.items():
+
+def implement(kernel: Callable[..., list[Tensor]], key: str) -> None:
+    """Gives both operators a kernel that takes separable_conv2d_backward's arguments."""
     library.impl("separable_conv2d_backward", kernel, key)
     library.impl("depthwise_conv2d_backward", _of_half(kernel), key)
+
+
+implement(cpu_kernel, "CPU")
+implement(composed_kernel, "CompositeExplicitAutograd")
+implement(_autograd_kernel, "Autograd")
 _library.register_fake("fastsep::separable_conv2d_backward", _fake_kernel, lib=library)
 _library.register_fake("fastsep::depthwise_conv2d_backward", _of_half(_fake_kernel), lib=library)
 _library.register_vmap("fastsep::separable_conv2d_backward", _vmap_rule, lib=library)

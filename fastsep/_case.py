@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+from . import _native
 from ._activations import ACTIVATIONS
 
 DTYPES = {str(d)[6:]: d for d in (torch.float32, torch.float64, torch.float16, torch.bfloat16,
@@ -72,7 +73,7 @@ class Case:
         return (
             *(self.n, self.c, self.h, self.w, self.k, self.m, self.kh, self.kw, self.sh, self.sw),
             *(self.dh, self.dw, self.pt, self.pb, self.pl, self.pr),
-            *(int(self.dtype == "float64"), int(self.layout == "nhwc")),
+            *(_native.NUMBERS.get(DTYPES[self.dtype], -1), int(self.layout == "nhwc")),
             *(ACTIVATIONS[self.mid].code, ACTIVATIONS[self.act].code),
         )
 
@@ -88,9 +89,9 @@ class Case:
             **activations,
         }
 
-    def tensors(self, seed: int = 0, integers: int = 0) -> dict[str, Tensor | None]:
+    def tensors(self, seed: int = 0, integers: int = 0, device: str = "cpu") -> dict[str, Tensor | None]:
         """separable_conv2d's tensors, some perhaps None: normal numbers, or integers up to `integers`."""
-        draw = self._numbers(seed, integers)
+        draw = self._numbers(seed, integers, device)
         inner = self.c * self.m
         return {
             "input": draw(self.n, self.c, self.h, self.w).contiguous(memory_format=LAYOUTS[self.layout]),
@@ -100,17 +101,21 @@ class Case:
             "depthwise_bias": draw(inner) if self.db else None,
         }
 
-    def gradient(self, seed: int = 1, integers: int = 0) -> Tensor:
+    def gradient(self, seed: int = 1, integers: int = 0, device: str = "cpu") -> Tensor:
         """Of some loss with respect to the result: numbers of the same kind."""
-        return self._numbers(seed, integers)(*self.output).contiguous(memory_format=LAYOUTS[self.layout])
+        return self._numbers(seed, integers, device)(*self.output).contiguous(
+            memory_format=LAYOUTS[self.layout]
+        )
 
-    def _numbers(self, seed: int, integers: int) -> Callable[..., Tensor]:
-        dtype, generator = DTYPES[self.dtype], torch.Generator().manual_seed(seed)
+    def _numbers(self, seed: int, integers: int, device: str) -> Callable[..., Tensor]:
+        """Drawn on the device, where a batch of many images takes no time."""
+        dtype = DTYPES[self.dtype]
+        given: Any = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
 
         def draw(*shape: int) -> Tensor:
             if integers:
-                return torch.randint(-integers, integers + 1, shape, generator=generator).to(dtype)
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+                return torch.randint(-integers, integers + 1, shape, **given).to(dtype)
+            return torch.randn(shape, dtype=torch.float64, **given).to(dtype)
 
         return draw
 

@@ -22,6 +22,10 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "native": _native.core is not None,
         "cuda": importlib.util.find_spec("fastsep._cuda") is not None,
+        "gpus": [
+            {"name": torch.cuda.get_device_name(index), "why_not": _native.why_not_on(index)}
+            for index in range(torch.cuda.device_count())
+        ],
     }
     core = _native.core
     if core is None:
@@ -43,6 +47,8 @@ def show(information: dict[str, Any]) -> None:
     line("fastsep", information["fastsep"])
     line("torch", information["torch"])
     line("CUDA kernels", "compiled in" if information["cuda"] else "not compiled in")
+    for gpu in information["gpus"]:
+        line("  on", gpu["name"] + (f": none, {gpu['why_not']}" if gpu["why_not"] else ""))
     if not information["native"]:
         line("native module", f"missing, torch's operators do the work: {information['missing']}")
         return

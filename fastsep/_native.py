@@ -1,10 +1,12 @@
-"""Loads the native module and lends it torch's thread pool. Nothing is built, downloaded or searched for."""
+"""Loads the native modules and lends torch's thread pool. Nothing is built, downloaded or searched for."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import re
 import sys
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,6 +19,20 @@ try:
 except ImportError as error:  # no compiler, or another platform: torch's operators do the work
     core = None  # type: ignore[assignment]
     missing = str(error)
+
+
+def _load_cuda() -> tuple[ModuleType | None, str]:
+    """The CUDA kernels, or why there are none."""
+    if torch.version.cuda is None:  # no tensor can be on a GPU of NVIDIA
+        return None, "this torch was built without CUDA"
+    try:
+        from . import _cuda
+    except ImportError as error:
+        return None, str(error)
+    return _cuda, ""
+
+
+cuda, cuda_missing = _load_cuda()
 
 # True where the native module runs threads of its own, which have to be told of torch.set_num_threads.
 own_pool = True
@@ -58,8 +74,54 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=take_pool_back)
 
 
-# The native number of each dtype that has native kernels.
+# The native number of each dtype: of those with kernels for the CPU, and of those with kernels for CUDA.
 DTYPES = {torch.float32: 0, torch.float64: 1}
+CUDA_DTYPES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
+NUMBERS = DTYPES | CUDA_DTYPES
+
+
+def serving(tensor: Tensor) -> ModuleType | None:
+    """The native module that has kernels for the device and dtype of a tensor."""
+    if tensor.is_cpu:
+        return core if tensor.dtype in DTYPES else None
+    return cuda if tensor.is_cuda and tensor.dtype in CUDA_DTYPES else None
+
+
+_reasons: dict[int, str] = {}
+
+
+def why_not_on(device: int) -> str:
+    """Why the CUDA kernels cannot run on a GPU; empty where they can."""
+    if device not in _reasons:
+        _reasons[device] = _why_not_on(device)
+    return _reasons[device]
+
+
+def _why_not_on(device: int) -> str:
+    if cuda is None:
+        return f"CUDA kernels missing: {cuda_missing}"
+    if cuda.device_count() == 0:
+        version = cuda.runtime_version()
+        return f"the CUDA kernels want a driver for CUDA {version // 1000}.{version % 1000 // 10}"
+    capability = torch.cuda.get_device_capability(device)
+    architectures: str = cuda.architectures()
+    if not any(_runs(architecture, capability) for architecture in architectures.split()):
+        major, minor = capability
+        return f"the CUDA kernels were compiled for {architectures}, the GPU is of {major}.{minor}"
+    return ""
+
+
+def _runs(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU runs code for an architecture, as CMAKE_CUDA_ARCHITECTURES names it."""
+    match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", architecture)
+    if match is None:  # a word such as native
+        return True
+    major, minor, variant, kind = int(match[1]), int(match[2]), match[3], match[4]
+    if variant:
+        return capability == (major, minor)
+    if kind != "-real" and capability >= (major, minor):  # the driver makes its code from PTX
+        return True
+    return kind != "-virtual" and capability[0] == major and capability[1] >= minor
 
 
 def pack(

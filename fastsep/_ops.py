@@ -203,7 +203,7 @@ def native_problem(
     nhwc = is_channels_last(input)
     problem = (
         *(n, c, h, w, 0 if pointwise_weight is None else shape[1], inner // c, kh, kw, sh, sw, dh, dw),
-        *(top, bottom, left, right, _native.DTYPES[dtype], nhwc),
+        *(top, bottom, left, right, _native.NUMBERS[dtype], nhwc),
         *(ACTIVATIONS[mid_activation].code, ACTIVATIONS[activation].code),
     )
     return problem, shape, torch.channels_last if nhwc else torch.contiguous_format
@@ -229,7 +229,7 @@ def cpu_kernel(
     core = _native.core
     if core is None or input.dtype not in _native.DTYPES:
         tensors = input, depthwise_weight, pointwise_weight, depthwise_bias, bias
-        return _composed_kernel(*tensors, packed, *geometry)
+        return composed_kernel(*tensors, packed, *geometry)
     problem, shape, layout = native_problem(
         input, depthwise_weight, pointwise_weight, depthwise_bias, bias, *geometry
     )
@@ -257,7 +257,7 @@ def dense_weights(*weights: Tensor | None) -> list[Tensor | None]:
     return [None if weight is None else weight.contiguous() for weight in weights]
 
 
-def _composed_kernel(*args: Any) -> Tensor:
+def composed_kernel(*args: Any) -> Tensor:
     tensors, geometry = args[:5], args[6:]
     output_shape(*tensors, *geometry[:3])
     check_types(*tensors)
@@ -297,12 +297,18 @@ def _depthwise_flops(_input: Ints, weight: Ints, *_: Any, out_shape: Ints) -> in
 
 
 def report(
-    path: str, begin: float, tensors: tuple[Any, ...], geometry: tuple[Any, ...], *, nhwc: bool | None = None
+    path: str,
+    begin: float,
+    tensors: tuple[Any, ...],
+    geometry: tuple[Any, ...],
+    *,
+    nhwc: bool | None = None,
+    took: str = "",
 ) -> None:
     """A line on stderr: the path taken and why, the time, and the case for `python -m fastsep replay`."""
-    milliseconds = (time.perf_counter() - begin) * 1e3
+    took = took or f"{(time.perf_counter() - begin) * 1e3:.3f} ms"
     case = case_of(*tensors, *geometry, nhwc=is_channels_last(tensors[0]) if nhwc is None else nhwc)
-    print(f"fastsep: {path} | {milliseconds:.3f} ms | {format_case(case)}", file=sys.stderr, flush=True)
+    print(f"fastsep: {path} | {took} | {format_case(case)}", file=sys.stderr, flush=True)
 
 
 def _reported(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -353,7 +359,7 @@ def implement(kernel: Callable[..., Tensor], key: str) -> None:
 
 
 implement(cpu_kernel, "CPU")
-implement(_composed_kernel, "CompositeExplicitAutograd")
+implement(composed_kernel, "CompositeExplicitAutograd")
 _library.register_fake("fastsep::separable_conv2d", _fake_kernel, lib=library)
 _library.register_fake("fastsep::depthwise_conv2d", _of_half(_fake_kernel), lib=library)
 _library.register_vmap("fastsep::separable_conv2d", _vmap_rule, lib=library)

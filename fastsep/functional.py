@@ -127,7 +127,10 @@ def dispatch(*args: Any) -> Tensor:
     if torch.compiler.is_compiling():
         if torch.onnx.is_in_onnx_export():  # what reads the file does not know the operators
             return composition("torch.onnx.export", tensors, args[6:])
-        return _ops.call(*args)
+        return _ops.call(*_autocast(args) if input.is_cuda else args)
+    if not direct and input.is_cuda:
+        args = _autocast(args)
+        input, depthwise_weight, pointwise_weight, depthwise_bias, bias = args[:5]
     # What the operator's autograd kernel would do, without the way through the dispatcher.
     if torch._C._are_functorch_transforms_active() or (
         torch.is_grad_enabled()
@@ -143,6 +146,14 @@ def dispatch(*args: Any) -> Tensor:
     return _ops.cpu_kernel(*args) if direct else _ops.run(*args)
 
 
+def _autocast(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same arguments as autocast gives them to torch's convolutions: float64 stays what it is."""
+    if not torch.is_autocast_enabled("cuda"):
+        return args
+    dtype = torch.get_autocast_dtype("cuda")
+    return *(x if x is None or x.dtype is torch.float64 else x.to(dtype) for x in args[:5]), *args[5:]
+
+
 def why_composed(*tensors: Any) -> str:
     """Why torch's operators have to do the work; empty where the native kernels can."""
     return why_no_kernel(*tensors) or why_not_now(tensors[0])
@@ -152,22 +163,33 @@ def why_no_kernel(*tensors: Any) -> str:
     """Why native code cannot have these tensors; empty where it can."""
     if any(type(tensor) not in PLAIN for tensor in tensors) and (reason := _subclass(*tensors)):
         return reason
-    if not tensors[0].is_cpu:
-        return f"no native kernel for {tensors[0].device.type}"
-    if any(x is not None and (not x.is_cpu or x.layout is not torch.strided) for x in tensors):
+    device = tensors[0].device.type
+    if device not in ("cpu", "cuda"):
+        return f"no native kernel for {device}"
+    if any(x is not None and (x.device.type != device or x.layout is not torch.strided) for x in tensors):
         return "no native kernel for tensors that are not dense in memory"
     return ""
 
 
 def why_not_now(input: Tensor) -> str:
     """Why native code cannot serve this dtype in what torch is doing; empty where it can."""
-    if _native.core is None:
-        return f"native module missing: {_native.missing}"
     dtype = input.dtype
-    if dtype is not torch.float32 and dtype is not torch.float64:
-        return f"no native kernel for {dtype}"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast"
+    if input.is_cuda:
+        if _native.cuda is None:
+            return f"no native kernel for cuda: {_native.cuda_missing}"
+        if dtype not in _native.CUDA_DTYPES:
+            return f"no native kernel for {dtype} on cuda"
+        if torch.is_autocast_enabled("cuda"):
+            dtype = torch.get_autocast_dtype("cuda")
+            if dtype not in _native.CUDA_DTYPES:
+                return f"autocast to {dtype}"
+    else:
+        if _native.core is None:
+            return f"native module missing: {_native.missing}"
+        if dtype is not torch.float32 and dtype is not torch.float64:
+            return f"no native kernel for {dtype}"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast"
     if forward_ad._current_level >= 0:
         return "forward-mode derivative"
     if torch._C._get_tracing_state() is not None:

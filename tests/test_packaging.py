@@ -102,11 +102,14 @@ def test_wheel_contents(wheel):
         for folder in (
             ROOT / "fastsep" / name for name in ("", "_optimize", "bench", "bench/shapes", "models")
         )
-        for pattern in ("*.py", "*.pyi", "*.txt", "py.typed")
+        for pattern in ("*.py", "*.pyi", "*.txt", "*.json", "py.typed")
         for path in folder.glob(pattern)
     }
     assert "fastsep/bench/shapes/mobilenet_v1.txt" in sources
-    assert package == sources | {f"fastsep/_core{sysconfig.get_config_var('EXT_SUFFIX')}"}
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    modules = {f"fastsep/_core{suffix}", f"fastsep/_cuda{suffix}"}  # the second where a CUDA compiler is
+    assert f"fastsep/_core{suffix}" in package
+    assert package - modules == sources
     assert [name for name in files if name.endswith("licenses/LICENSE")]
 
 

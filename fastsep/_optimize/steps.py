@@ -10,11 +10,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _expanded, _native, _ops
-from .._activations import ACTIVATIONS
+from .._activations import ACTIVATIONS, IN_PLACE
 from ..functional import same_padding
 from .chains import Convolution
 
@@ -202,18 +201,6 @@ class ExpandedStep(PackedStep):
         return _expanded.cpu_kernel(*arguments[:7], self.packed, *arguments[7:])
 
 
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,
-    "relu6": lambda y: F.hardtanh_(y, 0.0, 6.0),
-    "leaky_relu": lambda y: F.leaky_relu(y, inplace=True),
-    "silu": lambda y: F.silu(y, inplace=True),
-    "hardswish": lambda y: F.hardswish(y, inplace=True),
-    "hardsigmoid": lambda y: F.hardsigmoid(y, inplace=True),
-    "sigmoid": torch.sigmoid_,
-    "tanh": torch.tanh_,
-}
-
-
 class DenseStep:
     """torch's convolution with folded weights, and the activation in place behind it."""
 
@@ -228,7 +215,7 @@ class DenseStep:
         self.geometry: Any = convolution.stride, padding, convolution.dilation, convolution.groups
         self.activate: Callable[[Tensor], Tensor] | None = None
         if activation != "identity":
-            self.activate = _IN_PLACE.get(activation, ACTIVATIONS[activation].forward)
+            self.activate = IN_PLACE.get(activation, ACTIVATIONS[activation].forward)
 
     def __call__(self, x: Tensor) -> Tensor:
         y = torch.conv2d(x, self.weight, self.bias, *self.geometry)

@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._activations import ACTIVATIONS
+from .._activations import ACTIVATIONS, IN_PLACE
 from .._case import LAYOUTS, Case
 from .._check import Tensors, oracle
 
 Call = Callable[[Tensor], Tensor]
 
-# Behind a convolution, activations that overwrite its result, as a careful user of torch writes them.
-# Autograd takes those whose derivative can be had from the value.
-IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": torch.relu_,
-    "relu6": partial(F.relu6, inplace=True),
-    "leaky_relu": F.leaky_relu_,
-    "sigmoid": torch.sigmoid_,
-    "tanh": torch.tanh_,
-}
-IN_PLACE_INFERENCE = IN_PLACE | {
-    "silu": partial(F.silu, inplace=True),
-    "hardswish": partial(F.hardswish, inplace=True),
-    "hardsigmoid": partial(F.hardsigmoid, inplace=True),
-}
+# Those of the activations in place that autograd takes: whose derivative can be had from the value.
+IN_PLACE_TRAINING = {name: IN_PLACE[name] for name in ("relu", "relu6", "leaky_relu", "sigmoid", "tanh")}
 Weights = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -54,7 +41,7 @@ def two_convolutions(
     """The case in torch's operators; without a pointwise weight the first of them alone."""
     assert dw is not None
     depthwise: Tensor = dw
-    in_place = IN_PLACE_INFERENCE if phase == "forward" else IN_PLACE
+    in_place = IN_PLACE if phase == "forward" else IN_PLACE_TRAINING
     mid, act = (in_place.get(name, ACTIVATIONS[name].forward) for name in (case.mid, case.act))
     even = case.pt == case.pb and case.pl == case.pr
     padding = (case.pt, case.pl) if even else (0, 0)
@@ -74,7 +61,7 @@ class Act(nn.Module):
     def __init__(self, name: str, in_place: bool = False) -> None:
         super().__init__()
         plain = ACTIVATIONS[name].forward
-        self.function = IN_PLACE.get(name, plain) if in_place else plain
+        self.function = IN_PLACE_TRAINING.get(name, plain) if in_place else plain
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(x)

@@ -53,8 +53,7 @@ class Task:
 
     @classmethod
     def of(cls, case: Case, phase: str, device: str, threads: int) -> Task:
-        moved = {name: None if t is None else t.to(device) for name, t in case.tensors().items()}
-        return cls(case, phase, device, threads, moved)
+        return cls(case, phase, device, threads, case.tensors(device=device))
 
     @property
     def input(self) -> Tensor:
@@ -156,7 +155,7 @@ def _phase(
     turns: Iterator[Any] = itertools.cycle(inputs)
     if phase == "forward":
         return lambda: call(next(turns)), lambda: [call(inputs[0])]
-    grad = task.case.gradient().to(task.device).contiguous(memory_format=LAYOUTS[layout])
+    grad = task.case.gradient(device=task.device).contiguous(memory_format=LAYOUTS[layout])
 
     def leaves(x: Tensor) -> list[Tensor]:
         return [x] * needs_x + parameters * needs_weights

@@ -101,6 +101,7 @@ def measure_peak(device: str, isa: str, dtype: str, threads: int) -> float:
     if device == "cpu":
         return _native.core.fma_peak(isa, int(dtype == "float64"), 0.05) * threads
     size = 4096
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32  # as the convolutions may
     a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     product = OnGpu(lambda: a @ b)
     product.sample(3)

@@ -1,7 +1,7 @@
 // Checks of a problem, and the words for what can be wrong with it.
 #include <initializer_list>
 
-#include "../fastsep.h"
+#include "fastsep.h"
 
 namespace fastsep {
 namespace {

@@ -1,0 +1,64 @@
+// What the tests of the CUDA kernels on the host share: the count of checks, the types, numbers in guarded memory.
+#pragma once
+
+#include <random>
+#include <string>
+#include <vector>
+
+#include "cases.h"
+#include "cuda/common.cuh"
+#include "guarded.h"
+
+namespace fastsep_tests {
+
+struct Tally {
+  int checks = 0, failures = 0;
+};
+extern Tally tally;
+
+// A storage type, and whether its products may be rounded to tf32.
+struct Variant {
+  const char* name;
+  fastsep::Dtype dtype;
+  bool tf32;
+  double storage_eps, product_eps;  // of what is stored, and of the operands of the matrix product
+};
+extern const std::vector<Variant> variants;
+
+// Counts, and complains where not good.
+void expect(bool good, const std::string& what);
+// With the case, type and layout in the complaint.
+void expect(bool good, const Variant& variant, const Case& c, const fastsep::Problem& p, const std::string& what);
+
+size_t element_size(fastsep::Dtype dtype);
+// The nearest number of the type.
+double rounded(fastsep::Dtype dtype, double value);
+
+// exp and its kin make no integers; their places take those that do.
+fastsep::Problem with_integer_activations(fastsep::Problem p);
+
+// A tensor between guard pages, and the same numbers in double for the oracle.
+struct Tensor {
+  fastsep::Dtype dtype;
+  Guarded memory;
+  std::vector<double> values;
+
+  double at(int64_t index) const;  // what is in memory now
+};
+
+// Aligned to one element only, tight at the end or the beginning, or (`wide`) to 16 bytes, as torch allocates.
+Tensor drawn(fastsep::Dtype dtype, int64_t count, bool integers, bool wide, std::mt19937& random);
+// All NaN.
+Tensor unwritten(fastsep::Dtype dtype, int64_t count, bool wide);
+
+void test_shim();
+// All checks of forward() on one case, in the problem's dtype and layout: small integers or reals, addresses aligned to
+// 16 bytes or to one element only.
+void test_forward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide);
+// Larger problems, for the tilings that the table's small ones do not take; and that in all, every fused kernel ran.
+void test_tilings(const Variant& variant);
+// The same of backward(), and with `subsets` every choice of gradients.
+void test_backward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide,
+                   bool subsets);
+
+}  // namespace fastsep_tests

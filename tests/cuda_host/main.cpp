@@ -1,0 +1,152 @@
+// Runs the CUDA kernels' source on the host, over the table of cases.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <iostream>
+
+#include "harness.h"
+
+namespace fastsep_tests {
+
+using namespace fastsep;
+
+Tally tally;
+
+const std::vector<Variant> variants = {{"f32", Dtype::f32, false, 0x1p-23, 0x1p-23},
+                                       {"tf32", Dtype::f32, true, 0x1p-23, 0x1p-10},
+                                       {"f16", Dtype::f16, false, 0x1p-10, 0x1p-10},
+                                       {"bf16", Dtype::bf16, false, 0x1p-7, 0x1p-7}};
+
+void expect(bool good, const std::string& what) {
+  ++tally.checks;
+  if (good) return;
+  ++tally.failures;
+  std::cerr << "FAILED " << what << "\n";
+}
+
+void expect(bool good, const Variant& variant, const Case& c, const Problem& p, const std::string& what) {
+  expect(good, std::string(variant.name) + (p.layout == Layout::nhwc ? " nhwc" : " nchw") +
+                   (p.out_channels == 0 ? " depthwise alone" : "") + ": " + what + "\n  " + c.line);
+}
+
+size_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 2; }
+
+double rounded(Dtype dtype, double value) {
+  const float single = static_cast<float>(value);
+  if (dtype == Dtype::f16) return __half2float(__float2half_rn(single));
+  if (dtype == Dtype::bf16) return __bfloat162float(__float2bfloat16_rn(single));
+  return single;
+}
+
+Problem with_integer_activations(Problem p) {
+  const auto exact = [](Activation a) {
+    return a == Activation::identity || a == Activation::relu || a == Activation::relu6;
+  };
+  if (!exact(p.mid_activation)) p.mid_activation = Activation::relu6;
+  if (!exact(p.activation)) p.activation = Activation::identity;
+  return p;
+}
+
+double Tensor::at(int64_t index) const {
+  if (dtype == Dtype::f32) return memory.as<float>()[index];
+  if (dtype == Dtype::f16) return __half2float(memory.as<__half>()[index]);
+  return __bfloat162float(memory.as<__nv_bfloat16>()[index]);
+}
+
+Tensor unwritten(Dtype dtype, int64_t count, bool wide) {
+  const size_t size = element_size(dtype), bytes = static_cast<size_t>(count) * size;
+  Tensor tensor = {dtype, Guarded(bytes, wide ? Tight::begin : Tight::end, size), {}};
+  std::memset(tensor.memory.as(), 0xff, bytes);
+  return tensor;
+}
+
+Tensor drawn(Dtype dtype, int64_t count, bool integers, bool wide, std::mt19937& random) {
+  Tensor tensor = unwritten(dtype, count, wide);
+  std::uniform_int_distribution<int> whole(-2, 2);
+  std::uniform_real_distribution<double> real(-1, 1);
+  tensor.values.resize(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const double value = rounded(dtype, integers ? whole(random) : real(random));
+    tensor.values[static_cast<size_t>(i)] = value;
+    const float single = static_cast<float>(value);
+    if (dtype == Dtype::f32)
+      tensor.memory.as<float>()[i] = single;
+    else if (dtype == Dtype::f16)
+      tensor.memory.as<__half>()[i] = __float2half_rn(single);
+    else
+      tensor.memory.as<__nv_bfloat16>()[i] = __float2bfloat16_rn(single);
+  }
+  return tensor;
+}
+
+namespace {
+
+// Integers and reals, each in both layouts; addresses and the number of multiprocessors, which decides between tiles,
+// alternate.
+void run_case(const Variant& variant, const Case& c, size_t index) {
+  for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
+    Problem p = c.problem;
+    p.dtype = variant.dtype;
+    p.layout = layout;
+    const Status status = cuda::validate(p);
+    expect(status == Status::ok, variant, c, p, std::string("validate: ") + describe(status));
+    if (status != Status::ok) continue;
+    for (const bool integers : {true, false}) {
+      const bool wide = (index / 2 + (layout == Layout::nhwc) + integers) % 2 == 0;
+      cuda_host::multiprocessors = index % 3 == 0 ? 1 : 100;
+      Problem depthwise = p;
+      depthwise.out_channels = 0;
+      depthwise.activation = Activation::identity;
+      for (const Problem& problem : {p, depthwise}) {
+        if (variant.tf32 && problem.out_channels == 0) continue;  // no product: the kernels of f32
+        const Problem exact = with_integer_activations(problem);
+        test_forward(variant, c, integers ? exact : problem, integers, wide);
+        // Half of the backward runs: each case has integers in one layout and reals in the other.
+        if ((index + (layout == Layout::nhwc) + integers) % 2 == 0 || index % 16 == 0)
+          test_backward(variant, c, integers ? exact : problem, integers, wide, index % 16 == 0);
+      }
+    }
+  }
+}
+
+int run(const std::vector<std::string>& paths) {
+  std::vector<Case> cases;
+  for (const std::string& path : paths)
+    for (const Case& c : read_cases(path)) cases.push_back(c);
+  test_shim();
+  // The types side by side, each in a process of its own: the shim knows one thread.
+  std::vector<pid_t> children;
+  for (const Variant& variant : variants) {
+    children.push_back(fork());
+    if (children.back() != 0) continue;
+    tally = {};
+    const auto begin = std::chrono::steady_clock::now();
+    for (size_t i = 0; i < cases.size(); ++i) run_case(variant, cases[i], i);
+    test_tilings(variant);
+    const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
+    std::cout << variant.name << ": " << cases.size() << " cases, " << tally.checks << " checks, " << tally.failures
+              << " failed, " << seconds.count() << " s" << std::endl;
+    std::_Exit(tally.failures == 0 ? 0 : 1);
+  }
+  for (const pid_t child : children) {
+    int status = 1;
+    expect(child > 0 && waitpid(child, &status, 0) == child && status == 0, "all checks of one type");
+  }
+  std::cout << tally.checks - tally.failures << " passed, " << tally.failures << " failed\n";
+  return tally.failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+}  // namespace fastsep_tests
+
+int main(int argc, char** argv) {
+  if (argc < 2) {
+    std::cerr << "usage: fastsep_cuda_host_tests cases.txt ...\n";
+    return 2;
+  }
+  return fastsep_tests::run({argv + 1, argv + argc});
+}

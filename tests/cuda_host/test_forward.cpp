@@ -1,0 +1,122 @@
+// The fused forward pass on the host: see main.cpp for what is run on which case.
+#include <cmath>
+#include <cstring>
+#include <set>
+
+#include "harness.h"
+
+namespace fastsep_tests {
+namespace {
+
+using namespace fastsep;
+
+std::set<const void*> fused_kernels;  // that ran since the last test_coverage()
+
+struct Run {
+  const Variant& variant;
+  const Case& c;
+  Problem p;
+  bool integers, wide;
+
+  int64_t channels() const { return p.out_channels > 0 ? p.out_channels : p.channels * p.multiplier; }
+  int64_t output_size() const { return p.batch * channels() * out_height(p) * out_width(p); }
+
+  bool forward_to(const Tensor& output, const Tensor& input, const Weights& weights) const {
+    const cuda::Options options = {variant.tf32};
+    size_t bytes = 1;
+    if (cuda::forward_workspace_bytes(p, options, &bytes) != Status::ok) return false;
+    cuda_host::kernels.clear();
+    const Guarded workspace(bytes, Tight::end, 256);
+    const cuda::Outcome outcome =
+        cuda::forward(p, options, input.memory.as(), weights, output.memory.as(), workspace.as(), bytes, {0, nullptr});
+    if (p.out_channels > 0) fused_kernels.insert(cuda_host::kernels.begin(), cuda_host::kernels.end());
+    return outcome.status == Status::ok && outcome.cuda_error == 0;
+  }
+
+  void compare_with_oracle(const Tensor& got, const std::vector<double>& oracle,
+                           const std::vector<double>& magnitude) const {
+    // As in tests/cpp: sums of n terms in fp32, and an activation that stretches by less than 2. On top of them the
+    // roundings to the storage type: of the output once, and of each operand of the matrix product.
+    const double terms = static_cast<double>(p.kernel_h * p.kernel_w + p.channels * p.multiplier + 8);
+    const double products = p.out_channels > 0 ? 2 * variant.product_eps : 0;
+    const double eps = 2 * (terms * 0x1p-23 + products + variant.storage_eps);
+    int64_t bad = -1, zeros = 0;
+    for (int64_t i = 0; i < output_size(); ++i) {
+      const double error = std::fabs(got.at(i) - oracle[static_cast<size_t>(i)]);
+      zeros += oracle[static_cast<size_t>(i)] == 0;
+      if (integers ? rounded(p.dtype, oracle[static_cast<size_t>(i)]) != got.at(i)
+                   : !(error <= eps * (magnitude[static_cast<size_t>(i)] + 1)))
+        bad = i;
+    }
+    expect(
+        bad < 0, variant, c, p,
+        std::string(integers ? "integers" : "reals") + " differ at " + std::to_string(bad) + ": got " +
+            (bad < 0 ? "" : std::to_string(got.at(bad)) + " for " + std::to_string(oracle[static_cast<size_t>(bad)])));
+    if (output_size() > 64) expect(zeros * 10 < output_size() * 9, variant, c, p, "nearly all zeros: proves nothing");
+  }
+
+  void all() {
+    std::mt19937 random(20240607);
+    const int64_t depth = p.channels * p.multiplier;
+    const auto draw = [&](int64_t count) { return drawn(p.dtype, count, integers, wide, random); };
+    const Tensor input = draw(p.batch * p.channels * p.height * p.width);
+    const Tensor depthwise_weight = draw(depth * p.kernel_h * p.kernel_w), depthwise_bias = draw(depth);
+    const Tensor pointwise_weight = draw(p.out_channels * depth), bias = draw(p.out_channels);
+    const Weights weights = {depthwise_weight.memory.as(), c.depthwise_bias ? depthwise_bias.memory.as() : nullptr,
+                             pointwise_weight.memory.as(), c.bias && p.out_channels > 0 ? bias.memory.as() : nullptr};
+    Problem in_double = p;
+    in_double.dtype = Dtype::f64;
+    const Weights doubles = {depthwise_weight.values.data(), c.depthwise_bias ? depthwise_bias.values.data() : nullptr,
+                             pointwise_weight.values.data(), weights.bias != nullptr ? bias.values.data() : nullptr};
+    std::vector<double> oracle(static_cast<size_t>(output_size())), magnitude(oracle.size());
+    reference_forward(in_double, input.values.data(), doubles, oracle.data(), false);
+    reference_forward(in_double, input.values.data(), doubles, magnitude.data(), true);
+
+    const Tensor output = unwritten(p.dtype, output_size(), wide), again = unwritten(p.dtype, output_size(), wide);
+    expect(forward_to(output, input, weights), variant, c, p, "forward refused");
+    compare_with_oracle(output, oracle, magnitude);
+    cuda_host::order = cuda_host::Order::backward;
+    expect(forward_to(again, input, weights), variant, c, p, "forward refused");
+    cuda_host::order = cuda_host::Order::forward;
+    expect(std::memcmp(output.memory.as(), again.memory.as(),
+                       static_cast<size_t>(output_size()) * element_size(p.dtype)) == 0,
+           variant, c, p, "threads in reverse give other bits");
+  }
+};
+
+}  // namespace
+
+void test_forward(const Variant& variant, const Case& c, const Problem& p, bool integers, bool wide) {
+  Run{variant, c, p, integers, wide}.all();
+}
+
+void test_tilings(const Variant& variant) {
+  struct Layer {
+    const char* line;
+    int64_t channels, size, out_channels, stride, dilation;
+  };
+  const Layer layers[] = {{"128 x 128", 40, 17, 136, 1, 1},
+                          {"128 x 64", 40, 17, 56, 1, 1},
+                          {"64 x 128, stride 2", 40, 33, 128, 2, 1},
+                          {"64 x 128, dilation 2", 40, 17, 128, 1, 2},
+                          {"64 x 128, dilation 24", 40, 17, 128, 1, 24}};
+  for (const Layer& layer : layers)
+    for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
+      Case c = {layer.line, {}, true, true};
+      Problem& p = c.problem;
+      p.batch = 1, p.channels = layer.channels, p.height = p.width = layer.size, p.out_channels = layer.out_channels;
+      p.multiplier = 1, p.kernel_h = p.kernel_w = 3, p.stride_h = p.stride_w = layer.stride;
+      p.dilation_h = p.dilation_w = layer.dilation;
+      p.pad_top = p.pad_bottom = p.pad_left = p.pad_right = layer.dilation;
+      p.dtype = variant.dtype, p.layout = layout;
+      p.mid_activation = Activation::relu6, p.activation = Activation::hardswish;
+      cuda_host::multiprocessors = 1;
+      test_forward(variant, c, p, false, true);
+    }
+  // Four tilings with the taps as a window, two each with them in shared and in global memory.
+  expect(fused_kernels.size() == 8, std::string(variant.name) + ": cases ran " + std::to_string(fused_kernels.size()) +
+                                        " of the 8 kernels of the fused forward pass");
+  fused_kernels.clear();
+}
+
+}  // namespace fastsep_tests
