@@ -119,7 +119,9 @@ def _eps(source: Arrays) -> dict[str, float]:
     if not isinstance(source, nn.Module):
         return {}
     modules = source.named_modules(remove_duplicate=False)
-    return {name: module.eps for name, module in modules if isinstance(getattr(module, "eps", None), float)}
+    return {
+        name: module.eps for name, module in modules if isinstance(getattr(module, "eps", None), (int, float))
+    }
 
 
 def _under(source: Mapping[str, Any], prefix: str) -> dict[str, Any]:
