@@ -20,8 +20,8 @@ def shrunk(case):
     """A case with all that makes it another, in few numbers: finite differences take a call for each of them.
 
     Paddings stay on the sides where they were, and unequal where they were; kernels keep at most three taps a
-    side, strides and dilations at most 2 and 3; the plane has what gives two rows and columns, and three if it
-    had them.
+    side, strides and dilations at most 2 and 3; the plane has what gives two rows and columns, and three if
+    it had them.
     """
     few = {"n": 2, "c": 2, "k": 2, "m": 2, "kh": 3, "kw": 3, "sh": 2, "sw": 3, "dh": 2, "dw": 3}
     few |= {"pt": 1, "pb": 2, "pl": 1, "pr": 2}
