@@ -64,9 +64,9 @@ class LayerCost:
     bytes_fused: int
     dense_multiply_adds: int  # of one dense convolution in the place of both halves
     ratio: float | None = None  # of a separable one to that: 1/N + 1/k^2
-    bytes_per_element: int = 4
     predicted_seconds: float | None = None
     measured_seconds: float | None = None
+    bytes_per_element: int = 4
     parts: list[nn.Module] = field(default_factory=list, repr=False)
 
     @property
@@ -259,7 +259,7 @@ def _pair_up(calls: list[LayerCost]) -> list[LayerCost]:
         if before is None or before.kind != "depthwise" or not _is_pointwise_behind(before, call):
             layers.append(call)
             continue
-        dtype = call.parts[0].weight.dtype
+        dtype: Any = call.parts[0].weight.dtype
         x, y = (torch.empty(s, dtype=dtype, device="meta") for s in (before.input_size, call.output_size))
         pair = _cost_of_pair(before.name, before.parts[0], call.parts[0], x, y)
         layers[-1] = pair

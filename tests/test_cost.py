@@ -85,6 +85,10 @@ def test_prediction():
     named = [cost(layer, (8, 4, 4), machine=name).predicted_seconds for name in ("avx512", "neon")]
     assert 0 < named[0] <= named[1]
     assert cost(layer, (8, 4, 4)).predicted_seconds is None
+    costs = cost(layer, (8, 4, 4), machine=Machine("c", 2 * 16 * 8 * 17 * 1e3, 1e18))
+    head, *_, last = (line for line in str(costs).splitlines() if "predicted" in line or "sum" in line)
+    assert head.endswith("predicted, ms")
+    assert last.endswith(" 1.000")
 
 
 def test_measurement():
