@@ -3,7 +3,8 @@
     python benchmarks/compare.py BEFORE.json NOW.json [--contender fastsep]
 
 It exits with 1 where a layer's lower quartile now is above the upper quartile before, and its median by more
-than 3 %; with 2 where a file is no result, one of another version, or one of other layers.
+than 3 %; with 2 where a file is no result, one of another version, or one of another measurement. That the
+machines or their kernels differ is said, for it may be what is to be compared.
 """
 
 import argparse
@@ -27,10 +28,8 @@ def read(path: Path) -> Report:
         return Report.from_json(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, UnicodeDecodeError):
         raise ValueError(f"{path} is no JSON") from None
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of python -m fastsep bench --json: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
 
@@ -45,11 +44,13 @@ def is_faster(before: Timing, now: Timing) -> bool:
 
 def pairs(before: Report, now: Report, contender: str) -> list[tuple[str, Timing, Timing]]:
     """The layers of both; ValueError where they are not the same."""
-    for what in ("phase", "dtype", "device", "threads", "batch"):
+    for what in ("network", "whole", "phase", "dtype", "layout", "device", "threads", "batch"):
         if getattr(before, what) != getattr(now, what):
             raise ValueError(f"the results differ in {what}: {getattr(before, what)}, {getattr(now, what)}")
-    if [row.line for row in before.rows] != [row.line for row in now.rows]:
+    if [(row.name, row.line) for row in before.rows] != [(row.name, row.line) for row in now.rows]:
         raise ValueError("the results are of different layers")
+    if not before.rows:
+        raise ValueError("the results are of no layers")
     found = []
     for old, new in zip(before.rows, now.rows, strict=True):
         times = old.time(contender), new.time(contender)
@@ -72,6 +73,10 @@ def show(before: Report, now: Report, console: Console, contender: str = "fastse
         cells = [cell for t in (old, new) for cell in (f"{t.median * 1e3:.3f}", f"{t.spread * 50:.1f}")]
         table.add_row(name, *cells, f"{new.median / old.median:.3f}", word)
     console.print(table)
+    for what in ("isa", "machine"):
+        then, today = getattr(before, what), getattr(now, what)
+        if then != today:
+            console.print(f"Not the same {what}: {then}, {today}.", markup=False)
     mean = geometric_mean(new.median / old.median for _, old, new in rows)
     console.print(f"Geometric mean of the ratios: {mean:.3f}.")
     return not slower

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -45,8 +46,14 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     option = config.getoption
+    if _native.core is None:
+        raise pytest.UsageError(f"the native module is missing: {_native.missing}")
     try:
         config.fastsep_groups = groups(option)
+        if option("batch") < 1:
+            raise ValueError(f"batch must be at least 1, got {option('batch')}")
+        if not 0 <= option("seconds") < math.inf:
+            raise ValueError(f"seconds must be a number from 0, got {option('seconds')}")
         if option("threads") < 1 or option("threads") > machine.cores():
             raise ValueError(f"threads must be 1 to {machine.cores()}, got {option('threads')}")
     except ValueError as error:

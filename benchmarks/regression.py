@@ -4,12 +4,14 @@
 
 REVISION is by default the merge base with main, or the commit before where that is this one. Instructions
 are counted by callgrind, whose counts repeat on the busiest machine: it exits with 1 where they grew by more
-than 3 %. Times are shown beside them; on a shared machine they prove nothing.
+than 3 %, and with 2 where they could not be counted. Times are shown beside them; on a shared machine they
+prove nothing.
 
 callgrind knows no AVX-512, so the kernels counted are those for AVX2. It needs valgrind, cmake, ninja and a
 compiler.
 """
 
+import argparse
 import os
 import re
 import shutil
@@ -69,13 +71,17 @@ def count(program: Path, layer: str, phase: str, layout: str) -> int:
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "callgrind"
         options = ["--tool=callgrind", "--toggle-collect=measured", f"--callgrind-out-file={output}"]
-        subprocess.run(
+        result = subprocess.run(
             ["valgrind", *options, program, layer, phase, layout],
             env={**os.environ, "FASTSEP_ISA": ISA},
-            check=True,
             capture_output=True,
+            text=True,
         )
-        return int(re.search(r"^(?:summary|totals): (\d+)", output.read_text(encoding="utf-8"), re.M)[1])
+        text = output.read_text(encoding="utf-8") if output.exists() else ""
+        counted = re.search(r"^(?:summary|totals): (\d+)", text, re.M)
+        if result.returncode != 0 or counted is None:
+            raise RuntimeError(f"{layer} {phase} {layout} was not counted: {result.stderr[-2000:]}")
+        return int(counted[1])
 
 
 def instructions(before: Path, now: Path, console: Console) -> bool:
@@ -103,17 +109,26 @@ def times(source: Path, folder: Path, console: Console) -> None:
         files[name] = folder / f"{name}.json"
         command = [sys.executable, "-m", "fastsep", "bench", "--json", "--seconds", SECONDS]
         environment = {**os.environ, "PYTHONPATH": str(path)}
-        with files[name].open("w", encoding="utf-8") as output:
-            subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.DEVNULL)
+        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        if result.returncode != 0:
+            console.print(f"Times are not compared, {name}: {result.stderr[-2000:]}", markup=False)
+            return
+        files[name].write_text(result.stdout, encoding="utf-8")
     try:
         compare.show(*(compare.read(path) for path in files.values()), console)
     except ValueError as error:
-        console.print(f"Times are not compared: {error}.")
+        console.print(f"Times are not compared: {error}.", markup=False)
 
 
 def main() -> int:
     console = Console(width=100)
-    revision = sys.argv[1] if len(sys.argv) > 1 else default_revision()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("revision", nargs="?", metavar="REVISION")
+    revision = parser.parse_args().revision
+    if revision is None:
+        revision = default_revision()
     if not revision:
         console.print("There is no earlier revision here to compare with.")
         return 0
@@ -139,8 +154,12 @@ def main() -> int:
         except RuntimeError as error:  # another contract, which this program does not know
             console.print(f"Not compared: {error}", markup=False)
             return 0
-        now = build(ROOT, folder / "build_now", module=False)
-        passed = instructions(before, now, console)
+        try:
+            now = build(ROOT, folder / "build_now", module=False)
+            passed = instructions(before, now, console)
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            return 2
         times(source, folder, console)
     if not passed:
         console.print(f"Instructions grew by more than {ALLOWED:.0%}.")

@@ -26,7 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
         subparser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
-    parsed = parser.parse_args(arguments)
+    typed = sys.argv[1:] if arguments is None else arguments
+    parsed = parser.parse_args(typed)
+    parsed.typed = typed
     if _native.core is not None:
         try:
             _native.core.best_isa()

@@ -122,6 +122,7 @@ class Case:
 
 _FIELDS = {field.name: field for field in dataclasses.fields(Case)}
 _REQUIRED = [name for name, field in _FIELDS.items() if field.default is dataclasses.MISSING]
+_FROM_ONE = "c", "h", "w", "kh", "kw", "m", "sh", "sw", "dh", "dw"
 _WORDS: dict[str, Iterable[str]] = {
     "mid": ACTIVATIONS,
     "act": ACTIVATIONS,
@@ -148,12 +149,22 @@ def parse_case(line: str) -> Case:
             values[key] = int(text)
         else:
             raise ValueError(f"{key} must be a whole number, got {text!r}")
+        if values[key] == 0 and key in _FROM_ONE:
+            raise ValueError(f"{key} must be at least 1, got 0 in {line.strip()!r}")
     lacking = [name for name in _REQUIRED if name not in values]
     if lacking:
         raise ValueError(f"{', '.join(lacking)} missing in {line.strip()!r}")
     case = Case(**values)  # type: ignore[arg-type]
     if case.k == 0 and (case.b or case.act != "identity"):
         raise ValueError(f"b and act must be left out with k=0, got {line.strip()!r}")
+    return case
+
+
+def parse_call(line: str) -> Case:
+    """parse_case() of a call that can be made; ValueError also for a case that has no output."""
+    case = parse_case(line)
+    if min(case.n, case.oh, case.ow) < 1:
+        raise ValueError(f"the case has no output: {format_case(case)}")
     return case
 
 

@@ -25,9 +25,13 @@ class Machine:
     flops_per_second: float  # float32; a multiply-add counts as two
     bytes_per_second: float
 
-    def seconds(self, multiply_adds: int, moved: int) -> float:
-        """The roofline: the time for the arithmetic or for the bytes, whichever is longer."""
-        return max(2 * multiply_adds / self.flops_per_second, moved / self.bytes_per_second)
+    def seconds(self, multiply_adds: int, moved: int, bytes_per_element: int = 4) -> float:
+        """The roofline: the time for the arithmetic or for the bytes, whichever is longer.
+
+        A vector holds half as many float64 as float32. Shorter numbers are computed as float32.
+        """
+        flops_per_second = self.flops_per_second * 4 / max(4, bytes_per_element)
+        return max(2 * multiply_adds / flops_per_second, moved / self.bytes_per_second)
 
 
 # Two multiply-add units of the vector width at 3 GHz, with 16 GB/s of memory bandwidth for one core.
@@ -62,12 +66,13 @@ class LayerCost:
     ratio: float | None = None  # of a separable one to that: 1/N + 1/k^2
     predicted_seconds: float | None = None
     measured_seconds: float | None = None
+    bytes_per_element: int = 4
     parts: list[nn.Module] = field(default_factory=list, repr=False)
 
     @property
     def intensity(self) -> float:
         """Floating-point operations for each byte moved when fused."""
-        return 2 * self.multiply_adds / self.bytes_fused
+        return 2 * self.multiply_adds / self.bytes_fused if self.bytes_fused else 0.0
 
 
 @dataclass
@@ -143,8 +148,8 @@ def cost(
         "avx2" or "neon" for a core with two units of that width at 3 GHz.
     measure: time each layer by itself on this machine, on one thread, without norms and activations.
 
-    ValueError for sizes out of range and unknown machines, TypeError for something that is no nn.Module,
-    RuntimeError where the model does not take the input.
+    ValueError for sizes out of range and unknown machines, TypeError for something that is no nn.Module or no
+    machine, RuntimeError where the model does not take the input.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -154,10 +159,14 @@ def cost(
             known = ", ".join(("measured", *MACHINES))
             raise ValueError(f"machine must be one of {known}, or a Machine, got {machine!r}")
         machine = measured_machine() if machine == "measured" else MACHINES[machine]
+    if machine is not None and not isinstance(machine, Machine):
+        raise TypeError(f"machine must be a Machine or the name of one, got {type(machine).__name__}")
     layers = _pair_up(_calls(model, size))
     for layer in layers:
         if machine is not None:
-            layer.predicted_seconds = machine.seconds(layer.multiply_adds, layer.bytes_fused)
+            layer.predicted_seconds = machine.seconds(
+                layer.multiply_adds, layer.bytes_fused, layer.bytes_per_element
+            )
         if measure:
             layer.measured_seconds = _measure(layer)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -185,18 +194,21 @@ def _calls(model: nn.Module, size: Size) -> list[LayerCost]:
         return hook
 
     inside: set[nn.Module] = set()
+    hooks = []
     for name, module in shell.named_modules():
         if isinstance(module, SeparableConv2d):
             inside.update(module.children())
         elif not isinstance(module, (nn.Conv2d, nn.Linear)):
             continue
         if module not in inside:
-            module.register_forward_hook(watch(name, module))
+            hooks.append(module.register_forward_hook(watch(name, module)))
     try:
         with torch.no_grad():
             shell(torch.empty(size, dtype=dtype, device="meta"))
     except RuntimeError as error:
         raise RuntimeError(f"model must take an input of {' x '.join(map(str, size))}: {error}") from error
+    for hook in hooks:  # the layers may be measured
+        hook.remove()
     return calls
 
 
@@ -208,10 +220,15 @@ def _cost_of(name: str, layer: Any, x: Tensor, y: Tensor) -> LayerCost:
         macs = y.numel() * layer.weight[0].numel()
         kind = "depthwise" if 1 < layer.groups == layer.in_channels else "dense"
     else:
-        return _cost_of_pair(name, layer.depthwise, layer.pointwise, x, y)
-    moved = (x.numel() + y.numel() + weights) * x.element_size()
+        pair = _cost_of_pair(name, layer.depthwise, layer.pointwise, x, y)
+        pair.parts = [layer]  # which has a padding of its own
+        return pair
+    size = x.element_size()
+    moved = (x.numel() + y.numel() + weights) * size
     sizes = tuple(x.shape), tuple(y.shape)
-    return LayerCost(name, kind, *sizes, macs, weights, moved, moved, macs, parts=[layer])
+    return LayerCost(
+        *(name, kind, *sizes, macs, weights, moved, moved, macs), bytes_per_element=size, parts=[layer]
+    )
 
 
 def _cost_of_pair(name: str, depthwise: Any, pointwise: Any, x: Tensor, y: Tensor) -> LayerCost:
@@ -225,6 +242,7 @@ def _cost_of_pair(name: str, depthwise: Any, pointwise: Any, x: Tensor, y: Tenso
         bytes_fused=fused,
         dense_multiply_adds=pixels * depthwise.in_channels * taps * outputs,
         ratio=separable_ratio(taps, outputs, inner // depthwise.in_channels),
+        bytes_per_element=x.element_size(),
         parts=[depthwise, pointwise],
     )
 
@@ -241,7 +259,8 @@ def _pair_up(calls: list[LayerCost]) -> list[LayerCost]:
         if before is None or before.kind != "depthwise" or not _is_pointwise_behind(before, call):
             layers.append(call)
             continue
-        x, y = torch.empty(before.input_size, device="meta"), torch.empty(call.output_size, device="meta")
+        dtype: Any = call.parts[0].weight.dtype
+        x, y = (torch.empty(s, dtype=dtype, device="meta") for s in (before.input_size, call.output_size))
         pair = _cost_of_pair(before.name, before.parts[0], call.parts[0], x, y)
         layers[-1] = pair
     return layers
@@ -258,20 +277,23 @@ def _measure(layer: LayerCost) -> float:
     """Seconds of a layer with random weights, its norms and activations left out."""
     module: Any
     parts: list[Any] = [copy.deepcopy(part).to_empty(device="cpu") for part in layer.parts]
-    if layer.kind == "separable":
+    if len(parts) == 2:
         first, second = parts
         module = SeparableConv2d(
             *(first.in_channels, second.out_channels, first.kernel_size, first.stride, first.padding),
             dilation=first.dilation,
             depth_multiplier=first.out_channels // first.in_channels,
             bias=second.bias is not None,
+            padding_mode=first.padding_mode,
             depthwise_bias=first.bias is not None,
             dtype=first.weight.dtype,
         )
-        module.freeze()
     else:
         (module,) = parts
         module.reset_parameters()
+    if isinstance(module, SeparableConv2d):
+        module.mid_activation = module.activation = None
+        module.freeze()
     x = torch.randn(layer.input_size, dtype=next(module.parameters()).dtype)
     if x.dim() == 4:
         x, module = x.to(memory_format=torch.channels_last), module.to(memory_format=torch.channels_last)

@@ -53,7 +53,7 @@ def _rows(costs: Cost) -> Table:
         LayerCost(
             *("", "", (), (), costs.multiply_adds, sum(layer.parameters for layer in costs.layers)),
             *(costs.bytes_unfused, costs.bytes_fused, costs.dense_multiply_adds),
-            costs.multiply_adds / costs.dense_multiply_adds,
+            costs.multiply_adds / costs.dense_multiply_adds if costs.layers else None,
             *(costs.predicted_seconds, costs.measured_seconds),
         )
     )
@@ -101,13 +101,13 @@ def _size(text: str) -> tuple[int, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0, or 1 where there is no such network or the input does not fit it."""
+    """0, or 2 where there is no such network or the input does not fit it."""
     try:
         model, own_size = load(arguments.network)
         costs = cost(model, arguments.input or own_size, machine=arguments.machine, measure=arguments.measure)
-    except (ImportError, RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         print(f"fastsep: {error}", file=sys.stderr)
-        return 1
+        return 2
     if arguments.json:
         for layer in costs.layers:
             layer.parts = []

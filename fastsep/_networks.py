@@ -17,7 +17,7 @@ LIBRARIES = "torchvision", "timm"
 def load(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     """A network with random weights, for inference, and the size of its input.
 
-    ValueError for an unknown one, ImportError where its library is not installed.
+    ValueError for an unknown one, and where its library is not installed.
     """
     library, slash, rest = name.partition("/")
     if not slash:
@@ -30,14 +30,16 @@ def load(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     try:
         source = import_library(library)
     except (ImportError, RuntimeError) as error:
-        raise ImportError(f"{library} is needed for {name}: {error}") from error
-    if library == "timm":
-        try:
+        raise ValueError(f"{library} is needed for {name}: {error}") from error
+    try:
+        if library == "timm":
             model = source.create_model(rest)
-        except RuntimeError as error:
-            raise ValueError(f"network must be one of timm's, got {name!r}: {error}") from error
-        return model.eval(), tuple(model.pretrained_cfg.get("input_size", (3, 224, 224)))
-    return source.models.get_model(rest, weights=None).eval(), (3, 224, 224)
+        else:
+            model = source.models.get_model(rest, weights=None)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"network must be one of {library}'s, got {name!r}: {error}") from error
+    size = model.pretrained_cfg.get("input_size", (3, 224, 224)) if library == "timm" else (3, 224, 224)
+    return model.eval(), tuple(size)
 
 
 def import_library(name: str) -> Any:

@@ -34,7 +34,7 @@ Arrays = Mapping[str, Any] | Sequence[Any] | nn.Module | str | Path
 
 
 def load_from(
-    layer: SeparableConv2d, source: Arrays, prefix: str = "", *, norm_eps: float = 1e-5
+    layer: SeparableConv2d, source: Arrays, prefix: str = "", *, norm_eps: float | None = None
 ) -> SeparableConv2d:
     """Fills a layer with weights from elsewhere, and returns it.
 
@@ -52,15 +52,23 @@ def load_from(
     source: a state dict, an nn.Module, the path of a checkpoint, which is read with weights_only, a mapping
         with Keras' names (`depthwise_kernel` [kh, kw, C, m], `pointwise_kernel` [1, 1, C*m, K], `bias` [K]),
         or the list of these arrays that a Keras layer's get_weights() returns.
-    prefix: of the names in a state dict, with or without a dot at its end.
-    norm_eps: of the norms, which a state dict does not tell.
+    prefix: of the names, which goes up to a dot or a slash, with or without that.
+    norm_eps: of the norms; by default the norms' own where the source is an nn.Module, and nn.BatchNorm2d's
+        1e-5 where it is a state dict, which does not tell.
 
     ValueError where names, shapes or biases do not fit, or where there is more under the prefix than this;
     TypeError for another kind of layer or source. The layer is changed only if all fits.
     """
     if not isinstance(layer, SeparableConv2d):
         raise TypeError(f"layer must be a SeparableConv2d, got {type(layer).__name__}")
-    found = _halves(_named(source), prefix, norm_eps)
+    under = _under(_named(source), prefix)
+    if not under:
+        raise ValueError(f"prefix must be that of a name in the source, got {prefix!r}")
+    if any(_keras_name(name) == _KERAS[0] for name in under):
+        found = _from_keras(under)
+    else:
+        own = _under(_eps(source), prefix) if norm_eps is None else {}
+        found = _halves(under, own, 1e-5 if norm_eps is None else norm_eps)
     expected = layer.state_dict()
     for name in expected:
         if name not in found:
@@ -100,18 +108,41 @@ def _checkpoint(loaded: Any) -> Mapping[str, Any]:
             loaded = loaded[key]
     if not isinstance(loaded, Mapping):
         raise TypeError(f"source must hold a state dict, got {type(loaded).__name__}")
+    for name in loaded:
+        if not isinstance(name, str):
+            raise TypeError(f"source must have names as its keys, got {name!r}")
     return loaded
 
 
-def _halves(source: Mapping[str, Any], prefix: str, norm_eps: float) -> dict[str, Tensor]:
-    """The state dict of a SeparableConv2d with what is under a prefix."""
-    start = prefix if not prefix or prefix.endswith(".") else prefix + "."
-    under = {name[len(start) :]: value for name, value in source.items() if name.startswith(start)}
-    if not under:
-        raise ValueError(f"prefix must be that of a name in the source, got {prefix!r}")
-    keras = _keras_names(under)
-    if keras:
-        return _from_keras(keras)
+def _eps(source: Arrays) -> dict[str, float]:
+    """Of each norm in a module, by its name; a state dict does not tell."""
+    if not isinstance(source, nn.Module):
+        return {}
+    modules = source.named_modules(remove_duplicate=False)
+    return {
+        name: module.eps for name, module in modules if isinstance(getattr(module, "eps", None), (int, float))
+    }
+
+
+def _under(source: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What has the prefix, by the rest of its name."""
+    starts = (prefix,) if not prefix or prefix[-1] in "./" else (f"{prefix}.", f"{prefix}/")
+    return {name[len(starts[0]) :]: value for name, value in source.items() if name.startswith(starts)}
+
+
+def _tensor(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach()
+    try:
+        return torch.from_numpy(np.array(value))
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must be a tensor or an array of numbers, got {type(value).__name__}"
+        ) from error
+
+
+def _halves(under: Mapping[str, Any], own_eps: Mapping[str, float], norm_eps: float) -> dict[str, Tensor]:
+    """The state dict of a SeparableConv2d with these names."""
     found: dict[str, Tensor] = {}
     rest = {name: value for name, value in under.items() if not name.endswith(".num_batches_tracked")}
     for ours, spellings, norms in zip(_NAMES, (_DEPTHWISE, _POINTWISE), _NORMS, strict=True):
@@ -123,10 +154,11 @@ def _halves(source: Mapping[str, Any], prefix: str, norm_eps: float) -> dict[str
             )
         for part in ("weight", "bias"):
             if (name := f"{spelled[0]}.{part}") in rest:
-                found[f"{ours}.{part}"] = rest.pop(name).detach()
+                found[f"{ours}.{part}"] = _tensor(name, rest.pop(name))
         for norm in norms:
             if f"{norm}.running_mean" in rest:
-                _fold(found, ours, {name: rest.pop(f"{norm}.{name}", None) for name in _NORM_PARTS}, norm_eps)
+                parts = {part: rest.pop(f"{norm}.{part}", None) for part in _NORM_PARTS}
+                _fold(found, ours, norm, parts, own_eps.get(norm, norm_eps))
     if rest:
         raise ValueError(
             f"source must hold a separable convolution and its norms only, got {', '.join(rest)}"
@@ -137,35 +169,47 @@ def _halves(source: Mapping[str, Any], prefix: str, norm_eps: float) -> dict[str
 _NORM_PARTS = "running_mean", "running_var", "weight", "bias"
 
 
-def _fold(found: dict[str, Tensor], half: str, norm: Mapping[str, Tensor | None], eps: float) -> None:
-    mean, variance, weight, bias = (None if (t := norm[n]) is None else t.double() for n in _NORM_PARTS)
-    assert mean is not None
-    if variance is None:
+def _fold(found: dict[str, Tensor], half: str, norm: str, parts: Mapping[str, Any], eps: float) -> None:
+    """A norm into the weight and the bias of the half before it."""
+    if parts["running_var"] is None:
         raise ValueError(
             f"source must have a running_var beside the running_mean behind its {half} convolution"
         )
-    scale = (variance + eps).rsqrt() if weight is None else (variance + eps).rsqrt() * weight
     kernel = found[f"{half}.weight"]
-    before = found.get(f"{half}.bias", torch.zeros_like(mean)).double()
-    shift = (before - mean) * scale if bias is None else (before - mean) * scale + bias
+    values = {name: _tensor(f"{norm}.{name}", value) for name, value in parts.items() if value is not None}
+    values["convolution's bias"] = found.get(f"{half}.bias", torch.zeros(kernel.shape[:1]))
+    for name, value in values.items():
+        if value.shape != kernel.shape[:1]:
+            raise ValueError(
+                f"{norm}'s {name} must be {list(kernel.shape[:1])} as the {half} convolution's weight is "
+                f"{list(kernel.shape)}, got {list(value.shape)}"
+            )
+    values = {name: value.double() for name, value in values.items()}
+    scale = (values["running_var"] + eps).rsqrt() * values.get("weight", 1.0)
+    shift = (values["convolution's bias"] - values["running_mean"]) * scale + values.get("bias", 0.0)
     found[f"{half}.weight"] = (kernel.double() * scale.view(-1, 1, 1, 1)).to(kernel.dtype)
     found[f"{half}.bias"] = shift.to(kernel.dtype)
 
 
-def _keras_names(under: Mapping[str, Any]) -> dict[str, Any]:
-    """Keras' arrays by their own names, whatever path and number Keras put around them."""
-    found = {}
+def _keras_name(name: str) -> str:
+    """Keras' own, without the path before it and the number behind it."""
+    return name.rpartition("/")[2].partition(":")[0]
+
+
+def _from_keras(under: Mapping[str, Any]) -> dict[str, Tensor]:
+    folders = dict.fromkeys(name.rpartition("/")[0] for name in under)
+    if len(folders) > 1:
+        raise ValueError(f"source must hold one layer under the prefix, got {', '.join(folders)}")
+    tensors: dict[str, Tensor] = {}
     for name, value in under.items():
-        last = name.rpartition("/")[2].partition(":")[0]
-        if last in _KERAS and "." not in name:
-            found[last] = value
-    return found if "depthwise_kernel" in found else {}
-
-
-def _from_keras(arrays: Mapping[str, Any]) -> dict[str, Tensor]:
-    if "pointwise_kernel" not in arrays:
-        raise ValueError(f"source must have a pointwise_kernel, got {', '.join(arrays)}")
-    tensors = {name: torch.from_numpy(np.array(value)) for name, value in arrays.items()}
+        known = _keras_name(name)
+        if known not in _KERAS or known in tensors:
+            raise ValueError(
+                f"source must have one each of {', '.join(_KERAS)} and no more, got {', '.join(under)}"
+            )
+        tensors[known] = _tensor(name, value)
+    if "pointwise_kernel" not in tensors:
+        raise ValueError(f"source must have a pointwise_kernel, got {', '.join(under)}")
     depthwise, pointwise = tensors["depthwise_kernel"], tensors["pointwise_kernel"]
     if depthwise.dim() != 4 or pointwise.dim() != 4:
         raise ValueError(

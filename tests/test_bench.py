@@ -267,7 +267,7 @@ def test_whole_networks(name):
         2 * {"mobilenet_v1": 569e6, "mobilenet_v2": 300e6}[name], rel=0.01
     )
     with torch.inference_mode(), ExitStack() as stack:
-        subjects, found = networks.subjects(network, x, [], 1, "cpu", stack)
+        subjects, _ = networks.subjects(network, x, [], 1, "cpu", stack)
         networks.verify(subjects)
         assert {"torch nchw", "torch nhwc", "eager"} <= set(subjects)
         wrong = replace(subjects["eager"], outputs=lambda: [torch.zeros(1, 1000)])

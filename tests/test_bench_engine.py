@@ -78,7 +78,7 @@ def test_short_calls_are_repeated_to_fill_a_sample():
 
 
 def test_beside_another_pool_each_contender_has_the_machine_for_a_block():
-    """c's idle threads would spin into the times of a and b, so each works undisturbed and pools rest between."""
+    """c's idle threads would spin into the times of a and b: each works alone, and pools rest between."""
     clock = Clock()
     cost = engine.BLOCK_SECONDS / 4  # two calls a turn: a block holds two turns
     contenders = {name: clock.contender(name, cost) for name in "ab"}

@@ -1,7 +1,11 @@
 """What benchmarks/ holds: the suite of pytest-benchmark, and the scripts."""
 
+import argparse
 import json
+import os
+import shlex
 import shutil
+import textwrap
 import time
 from dataclasses import replace
 
@@ -10,7 +14,7 @@ from commands import ROOT, run
 from reports import report, timing
 
 from fastsep import _native
-from fastsep.bench import layers
+from fastsep.bench import command, layers, networks
 from fastsep.bench.report import Report
 
 needs_native = pytest.mark.skipif(_native.core is None, reason="the native module is missing")
@@ -53,6 +57,9 @@ def test_the_benchmarks_run(tmp_path):
         ("--device cpu --dtype float16", "dtype float16 is measured on cuda"),
         ("--phases sideways", "phase must be one of"),
         ("--threads 999", "threads must be 1 to"),
+        ("--batch 0", "batch must be at least 1, got 0"),
+        ("--seconds nan", "seconds must be a number from 0, got nan"),
+        ("--seconds=-1", "seconds must be a number from 0, got -1.0"),
     ],
 )
 def test_wrong_options_of_the_benchmarks(arguments, message):
@@ -62,12 +69,20 @@ def test_wrong_options_of_the_benchmarks(arguments, message):
     assert result.stderr.strip().count("\n") == 0
 
 
-def compared(tmp_path, *reports):
+def test_benchmarks_without_the_native_module(tmp_path):
+    (tmp_path / "missing.py").write_text("from fastsep import _native\n_native.core = None\n")
+    result = run("pytest benchmarks -p missing -p no:cacheprovider", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert result.returncode == 4
+    assert "the native module is missing" in result.stderr
+
+
+def compared(tmp_path, *reports, options=""):
     paths = []
     for i, made in enumerate(reports):
         paths.append(tmp_path / f"{i}.json")
-        paths[-1].write_text(json.dumps(made.to_json()) if isinstance(made, Report) else made)
-    return run(f"python {ROOT}/benchmarks/compare.py {paths[0]} {paths[1]}", cwd=tmp_path)
+        text = json.dumps(made.to_json()) if isinstance(made, Report) else made
+        paths[-1].write_bytes(text.encode() if isinstance(text, str) else text)
+    return run(f"python {ROOT}/benchmarks/compare.py {paths[0]} {paths[1]} {options}", cwd=tmp_path)
 
 
 def test_comparing_two_results(tmp_path):
@@ -95,6 +110,13 @@ def test_comparing_two_results(tmp_path):
         (report(batch=2), "the results differ in batch: 1, 2"),
         (replace(report(), rows=report().rows[:1]), "of different layers"),
         ('{"format": 2, "rows": [{}]}', "is no result"),
+        (b"\xff\xfe\x00", "is no JSON"),
+        ('{"format": 2, "rows": "xy"}', "is no result"),
+        (json.dumps(report().to_json()).replace('"times": {', '"times": [1], "left": {', 1), "is no result"),
+        (report(network="other"), "the results differ in network: net, other"),
+        (report(whole=True), "the results differ in whole: False, True"),
+        (report(layout="nchw"), "the results differ in layout: nhwc, nchw"),
+        (report(rows=[replace(row, name=row.name + "x") for row in report().rows]), "of different layers"),
     ],
 )
 def test_results_that_cannot_be_compared(second, message, tmp_path):
@@ -103,6 +125,24 @@ def test_results_that_cannot_be_compared(second, message, tmp_path):
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
     assert result.stdout == ""
+
+
+def test_results_without_rows(tmp_path):
+    result = compared(tmp_path, report(rows=[]), report(rows=[]))
+    assert (result.returncode, result.stderr) == (2, "compare: the results are of no layers\n")
+
+
+def test_a_contender_that_took_no_part(tmp_path):
+    rows = [replace(row, times={"fastsep": row.times["fastsep"]}) for row in report().rows]
+    result = compared(tmp_path, report(rows=rows), report(), options="--contender torch")
+    assert (result.returncode, result.stderr) == (2, "compare: torch took no part in one\n")
+
+
+def test_other_machines_and_kernels_are_told(tmp_path):
+    result = compared(tmp_path, report(), report(isa="avx2", machine="other"))
+    assert result.returncode == 0, result.stderr
+    assert "Not the same isa: scalar, avx2.\nNot the same machine: m, other.\n" in result.stdout
+    assert "Not the same" not in compared(tmp_path, report(), report()).stdout
 
 
 @needs_native
@@ -124,6 +164,70 @@ def test_a_regression_script_without_a_revision():
     result = run("python benchmarks/regression.py no-such-revision")
     assert result.returncode == 2
     assert result.stderr == "revision must be a commit of this repository, got 'no-such-revision'\n"
+
+
+def test_the_regression_scripts_help():
+    result = run("python benchmarks/regression.py --help")
+    assert result.returncode == 0
+    assert "usage: regression.py [-h] [REVISION]" in result.stdout
+
+
+def test_a_regression_script_tells_what_failed(tmp_path):
+    """A bench that ends with an error, and a valgrind that counts nothing."""
+    (tmp_path / "valgrind").write_text("#!/bin/sh\necho no such instruction >&2\nexit 3\n")
+    (tmp_path / "valgrind").chmod(0o755)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "fastsep.py").write_text("raise SystemExit('no bench here')\n")
+    program = (
+        "import pathlib, regression\n"
+        "from rich.console import Console\n"
+        "folder = pathlib.Path.cwd()\n"
+        "regression.times(folder / 'source', folder, Console())\n"
+        "try:\n    regression.count(folder / 'program', 'block5', 'forward', 'nhwc')\n"
+        "except RuntimeError as error:\n    print(error)\n"
+    )
+    (tmp_path / "program.py").write_text(program)
+    path = os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])
+    result = run(f'PATH="{tmp_path}:$PATH" python program.py', cwd=tmp_path, PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (
+        "Times are not compared, before: no bench here\n\n"
+        "block5 forward nhwc was not counted: no such instruction\n\n"
+    )
+
+
+@needs_native
+def test_the_recipe_of_the_readme(tmp_path, monkeypatch):
+    """Its commands as a shell runs them, up to what they would measure, and each to a file of its own."""
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    recipe = text.partition("## Reproducing the README\n")[2].replace("cd benchmarks/results/MACHINE", ":")
+    lines = "\n".join(line for line in recipe.splitlines() if line.startswith("    "))
+    # A python that prints how it is called; what is redirected to a file is found there.
+    stub = 'python() { printf "%s\\n" "$*" | tee -a called.txt; }; cd() { :; }\n'
+    (tmp_path / "recipe.sh").write_text(stub + textwrap.dedent(lines))
+    result = run("bash -eu recipe.sh", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    called = [shlex.split(line) for line in (tmp_path / "called.txt").read_text().splitlines()]
+    benches = [words[3:] for words in called if words[:3] == ["-m", "fastsep", "bench"]]
+    scripts = [words[0] for words in called if words[0] != "-m"]
+    assert len(benches) + len(scripts) == len(called)
+    assert all((tmp_path / script).name in os.listdir(ROOT / "benchmarks") for script in scripts)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command.peers, "missing", lambda name: "")
+    monkeypatch.setattr(command, "cores", lambda: 2)
+    monkeypatch.setattr(networks, "build", lambda name: (name, (3, 224, 224)))
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    files, wholes = [], set()
+    for words in benches:
+        arguments = parser.parse_args([*words, "--device", "cpu"])
+        command.check(arguments)
+        files.append(arguments.json)
+        if arguments.whole:
+            wholes.add(arguments.network.name)
+    assert len(set(files)) == len(files) > 20
+    assert all(file.endswith(".json") for file in files)
+    assert len(wholes) == 8
 
 
 @needs_native

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import reports
 import torch
 from commands import run
 
@@ -149,6 +150,18 @@ def test_bench_refuses_to_time_wrong_results(monkeypatch, capsys):
         (["bench", "--phase", "sideways"], "invalid choice: 'sideways'"),
         (["bench", "--against", "torch,tvm"], "must be some of torch, compile, naive, onnxruntime"),
         (["bench", "--layer", "vgg"], "must be a layer such as"),
+        (["bench", "--layer", "c=8 h=5 w=5 k=8 kh=9 kw=3"], "the case has no output: c=8"),
+        (["bench", "--layer", "c=8 h=5 w=5 k=8 kh=3 kw=3 sh=0"], "sh must be at least 1, got 0"),
+        (
+            ["bench", "--layer", f"{SMALL} dtype=bfloat16"],
+            "a layer must leave dtype to --dtype",
+        ),
+        (["bench", "--layer", f"{SMALL} n=1"], "a layer must leave n to --batch, got n=1"),
+        (["bench", "--seconds", "nan"], "must be seconds from 0, got 'nan'"),
+        (["bench", "--seconds=-3"], "must be seconds from 0, got '-3'"),
+        (["bench", "--seconds", "long"], "must be seconds from 0, got 'long'"),
+        (["bench", "--json", ""], "must be a file's name, got ''"),
+        (["replay", SMALL, "--seconds", "inf"], "must be seconds from 0, got 'inf'"),
         (["bench", "--layer", SMALL, "--network", "other"], "not allowed with argument"),
         (["replay", "c=3"], "missing in 'c=3'"),
         (["replay", "c=3 h=2 w=2 k=1 kh=3 kw=3"], "the case has no output"),
@@ -179,6 +192,11 @@ def test_wrong_arguments(arguments, message, capsys):
             "nowhere/result.json cannot be written: there is no folder nowhere",
         ),
         (["--json", "--csv"], "json and csv cannot both be written to -"),
+        (["--json", "a", "--csv", "./a"], "json and csv cannot both be written to ./a"),
+        (["--csv", "a.png", "--plot", "a.png"], "csv and plot cannot both be written to a.png"),
+        (["--json", "/"], "/ cannot be written: it is a folder"),
+        (["--plot", "x.png", "--json", "/dev/null"], "/dev/null cannot be written: it is no file"),
+        (["--json", "/proc/result.json"], "/proc/result.json cannot be written: the folder /proc does not"),
     ],
 )
 def test_arguments_that_do_not_go_together(arguments, message, capsys, tmp_path, monkeypatch):
@@ -221,6 +239,42 @@ def test_bench_writes_files(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "a.csv").read_text() == report.to_csv()
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"a.json", "a.csv", "a.png"}
+
+
+@needs_native
+def test_bench_writes_all_or_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "measure", lambda arguments: reports.report())
+
+    def undrawable(*_):
+        raise RuntimeError("no font")
+
+    with monkeypatch.context() as context:
+        context.setattr(command.plot, "draw", undrawable)
+        assert main(["bench", "--json", "a.json", "--plot", "a.png"]) == 1
+    assert not list(tmp_path.iterdir())
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as context:
+        context.setattr(command, "write_whole", full)
+        assert main(["bench", "--csv", "a.csv"]) == 2
+    assert capsys.readouterr().err.endswith("fastsep: No space left on device\n")
+    (tmp_path / "folder.png").mkdir()
+    assert main(["bench", "--json", "a.json", "--plot", "folder.png"]) == 2
+    assert "folder.png cannot be written: it is a folder" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
+
+
+@needs_native
+@pytest.mark.parametrize("isa", ["", "scalar"])
+def test_a_result_tells_its_command(isa, tmp_path):
+    typed = f"bench --layer '{SMALL}' --seconds 0 --json"
+    result = run(f"python -m fastsep {typed}", cwd=tmp_path, FASTSEP_ISA=isa)
+    assert result.returncode == 0, result.stderr
+    made = Report.from_json(json.loads(result.stdout))
+    assert made.command == (f"FASTSEP_ISA={isa} " if isa else "") + f"python -m fastsep {typed}"
 
 
 @needs_native

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastsep
-from fastsep import Machine, SeparableConv2d, cost
+from fastsep import Machine, SeparableConv2d, _cost, cost
 from fastsep._cost import separable_ratio
 
 
@@ -85,11 +85,70 @@ def test_prediction():
     named = [cost(layer, (8, 4, 4), machine=name).predicted_seconds for name in ("avx512", "neon")]
     assert 0 < named[0] <= named[1]
     assert cost(layer, (8, 4, 4)).predicted_seconds is None
+    costs = cost(layer, (8, 4, 4), machine=Machine("c", 2 * 16 * 8 * 17 * 1e3, 1e18))
+    head, *_, last = (line for line in str(costs).splitlines() if "predicted" in line or "sum" in line)
+    assert head.endswith("predicted, ms")
+    assert last.endswith(" 1.000")
 
 
 def test_measurement():
     costs = cost(nn.Sequential(SeparableConv2d(8, 16, 3), nn.Conv2d(16, 8, 3, 2)), (8, 20, 20), measure=True)
     assert costs.measured_seconds == sum(layer.measured_seconds for layer in costs.layers) > 0
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"),
+    [
+        (SeparableConv2d(4, 6, 3, stride=2, padding="same"), (4, 9, 9)),
+        (SeparableConv2d(4, 6, 3, padding=((0, 1), (2, 1)), padding_mode="replicate"), (4, 5, 5)),
+        (SeparableConv2d(4, 6, 5, padding=((2, 1), (1, 2)), dtype=torch.float64), (4, 3, 3)),
+        (
+            nn.Sequential(
+                nn.Conv2d(4, 4, 3, padding=1, groups=4, padding_mode="reflect"), nn.Conv2d(4, 6, 1)
+            ),
+            (4, 5, 5),
+        ),
+    ],
+)
+def test_what_is_measured_is_the_layer(layer, size, monkeypatch):
+    """Its padding, the padding's mode and the dtype, whatever SeparableConv2d keeps of them itself."""
+    results = []
+    monkeypatch.setattr(_cost, "_median_seconds", lambda call: results.append(call()) or 1.0)
+    ones = torch.ones(1, *size, dtype=next(layer.parameters()).dtype)
+    monkeypatch.setattr(_cost.torch, "randn", lambda size, dtype: torch.ones(size, dtype=dtype))
+    monkeypatch.setattr(
+        nn.Conv2d, "reset_parameters", lambda conv: [nn.init.ones_(p) for p in conv.parameters()]
+    )
+    assert cost(layer, size, measure=True).measured_seconds == 1
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(1)
+        torch.testing.assert_close(results, [layer(ones)])
+
+
+def test_layers_that_are_measured_are_watched_no_more(monkeypatch):
+    calls = []
+    cost_of = _cost._cost_of
+    monkeypatch.setattr(_cost, "_cost_of", lambda *args: calls.append(args) or cost_of(*args))
+    cost(nn.Conv2d(3, 4, 3), (3, 5, 5), measure=True)
+    assert len(calls) == 1
+
+
+def test_a_model_without_layers():
+    costs = cost(nn.ReLU(), (3, 8, 8))
+    assert (costs.multiply_adds, costs.layers) == (0, [])
+    assert str(costs).startswith("ReLU on 1 x 3 x 8 x 8: 0 multiply-adds, 0 parameters")
+
+
+def test_float64_takes_twice_the_arithmetic():
+    machine = Machine("a", 1e6, 1e18)
+    for layer in (SeparableConv2d(8, 8, 3), nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1))):
+        single = cost(layer, (8, 4, 4), machine=machine)
+        double = cost(layer.double(), (8, 4, 4), machine=machine)
+        half = cost(layer.bfloat16(), (8, 4, 4), machine=machine)
+        assert double.predicted_seconds == 2 * single.predicted_seconds == 2 * half.predicted_seconds
+        assert double.bytes_fused == 2 * single.bytes_fused == 4 * half.bytes_fused
+        assert double.bytes_unfused == 2 * single.bytes_unfused
 
 
 @pytest.mark.parametrize(
@@ -99,6 +158,7 @@ def test_measurement():
         ({"input_size": (3, 8)}, ValueError, "input_size must be"),
         ({"input_size": None}, ValueError, "input_size must be .* got None"),
         ({"machine": "abacus"}, ValueError, "machine must be one of measured, avx512, .* got 'abacus'"),
+        ({"machine": 3}, TypeError, "machine must be a Machine or the name of one, got int"),
         ({"model": 3}, TypeError, "model must be an nn.Module, got int"),
         ({"input_size": (4, 8, 8)}, RuntimeError, "model must take an input of .*input must have 3 channels"),
     ],
@@ -127,11 +187,16 @@ def test_command_as_json():
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        ("cost nothing", 1, "network must be one of mobilenet_v1,"),
+        ("cost nothing", 2, "network must be one of mobilenet_v1,"),
+        ("cost torchvision/nothing", 2, "network must be one of torchvision's, got 'torchvision/nothing'"),
         ("cost sepcnn_torch --input 3x16", 2, "must be CxHxW or NxCxHxW, got '3x16'"),
-        ("cost sepcnn_torch --input 4x16x16", 1, "model must take an input of 1 x 4 x 16 x 16"),
-        ("optimize timm/nothing", 1, "network must be one of timm's, got 'timm/nothing'"),
-        ("optimize torchvision/nothing", 1, "nothing"),
+        ("cost sepcnn_torch --input 4x16x16", 2, "model must take an input of 1 x 4 x 16 x 16"),
+        ("optimize timm/nothing", 2, "network must be one of timm's, got 'timm/nothing'"),
+        (
+            "optimize torchvision/nothing",
+            2,
+            "network must be one of torchvision's, got 'torchvision/nothing'",
+        ),
     ],
 )
 def test_commands_that_cannot_be(arguments, status, message):

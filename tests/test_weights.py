@@ -53,6 +53,39 @@ def test_keras(multiplier):
         )
 
 
+@pytest.mark.parametrize("prefix", ["a/first", "a/first/"])
+def test_keras_under_a_prefix(prefix):
+    first, second = keras_arrays(), keras_arrays()
+    names = "depthwise_kernel:0", "pointwise_kernel:0", "bias:0"
+    source = {
+        f"a/{layer}/{name}": value
+        for layer, arrays in (("first", first), ("second", second))
+        for name, value in zip(names, arrays, strict=True)
+    }
+    layer = SeparableConv2d(6, 4, (3, 5), depth_multiplier=2)
+    weight = load_from(layer, source, prefix).pointwise.weight
+    torch.testing.assert_close(weight.detach()[..., 0, 0].T.numpy(), first[1][0, 0])
+
+
+def test_arrays_of_every_kind():
+    arrays = keras_arrays()
+    layer = SeparableConv2d(6, 4, (3, 5), depth_multiplier=2)
+    expected = load_from(layer, arrays)(X)
+    tensors = [torch.tensor(a, requires_grad=True) for a in arrays]
+    reversed_twice = [a[::-1].copy()[::-1] for a in arrays]
+    for same in (tensors, reversed_twice):
+        torch.testing.assert_close(load_from(layer, same)(X), expected)
+    load_from(layer, [tensor.bfloat16() for tensor in tensors])
+    torch.testing.assert_close(layer(X), expected, rtol=0.05, atol=0.2)
+    state = {name: value.numpy().copy() for name, value in STATE.items()}
+    for source in (state, {name: torch.tensor(value, requires_grad=True) for name, value in state.items()}):
+        torch.testing.assert_close(
+            load_from(SeparableConv2d(6, 4, 3), source).depthwise.weight,
+            STATE["depthwise.weight"],
+            check_device=True,
+        )
+
+
 def test_keras_without_bias():
     layer = load_from(SeparableConv2d(6, 4, (3, 5), depth_multiplier=2, bias=False), keras_arrays()[:2])
     assert layer.pointwise.bias is None
@@ -78,6 +111,27 @@ def test_timm_with_norms(names):
     if names == "timm_block":
         ours.activation = "relu"
     torch.testing.assert_close(load_from(ours, theirs)(X), theirs(X), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "blocks.0"])
+def test_a_modules_norms_have_their_own_eps(prefix):
+    """MobileNetV3's and EfficientNet's is 1e-3, which counts where the variance is small."""
+    theirs = (
+        import_library("timm").models._efficientnet_blocks.DepthwiseSeparableConv(6, 6, noskip=True).eval()
+    )
+    for norm, eps in ((theirs.bn1, 1e-3), (theirs.bn2, 3e-3)):
+        norm.eps = eps
+        norm.running_var.fill_(0.01)
+    source = nn.ModuleDict({"blocks": nn.Sequential(theirs)}) if prefix else theirs
+    ours = SeparableConv2d(6, 6, 3, padding=1, depthwise_bias=True, mid_activation="relu")
+    torch.testing.assert_close(load_from(ours, source, prefix)(X), theirs(X), rtol=1e-5, atol=1e-5)
+    for eps in (1e-3, 3e-3):  # one that is given is for all, whatever the source
+        theirs.bn1.eps = theirs.bn2.eps = eps
+        for same in (source, source.state_dict()):
+            theirs.bn1.eps = theirs.bn2.eps = 1.0
+            load_from(ours, same, prefix, norm_eps=eps)
+            theirs.bn1.eps = theirs.bn2.eps = eps
+            torch.testing.assert_close(ours(X), theirs(X), rtol=1e-5, atol=1e-5)
 
 
 def test_timm_legacy_xception():
@@ -196,6 +250,47 @@ STATE = SeparableConv2d(6, 4, 3).state_dict()
         ),
         ({"depthwise_kernel": np.ones((3, 3, 6, 1))}, ValueError, "source must have a pointwise_kernel"),
         ([np.ones((3, 6, 1)), np.ones((1, 6, 4))], ValueError, "must have four dimensions"),
+        (
+            {
+                f"{name}/{array}": 1.0
+                for name in ("a", "b")
+                for array in ("depthwise_kernel", "pointwise_kernel")
+            },
+            ValueError,
+            "source must hold one layer under the prefix, got a, b",
+        ),
+        (
+            {"s/depthwise_kernel:0": 1.0, "s/pointwise_kernel:0": 1.0, "bn/gamma:0": 1.0},
+            ValueError,
+            "source must hold one layer under the prefix, got s, bn",
+        ),
+        (
+            {"s/depthwise_kernel": 1.0, "s/pointwise_kernel": 1.0, "s/gamma": 1.0},
+            ValueError,
+            "and no more, got s/depthwise_kernel, s/pointwise_kernel, s/gamma",
+        ),
+        (
+            {"bias:0": 1.0, "depthwise_kernel:0": 1.0, "pointwise_kernel:0": 1.0, "bias:1": 1.0},
+            ValueError,
+            "source must have one each of depthwise_kernel, pointwise_kernel, bias and no more",
+        ),
+        (
+            {"depthwise_kernel": 1.0, "pointwise_kernel": "x"},
+            TypeError,
+            "pointwise_kernel must be a tensor or",
+        ),
+        ({1: 3}, TypeError, "source must have names as its keys, got 1"),
+        (
+            STATE | {"depthwise.weight": None},
+            TypeError,
+            "depthwise.weight must be a tensor or an array of numbers, got NoneType",
+        ),
+        (
+            STATE
+            | {"pointwise.norm.running_mean": torch.ones(1), "pointwise.norm.running_var": torch.ones(4)},
+            ValueError,
+            r"pointwise.norm's running_mean must be \[4\] as the pointwise .* got \[1\]",
+        ),
     ],
 )
 def test_what_does_not_fit_leaves_the_layer_alone(source, error, message):

@@ -16,11 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """0, or 1 where there is no such network or its result would differ."""
+    """0; 1 where the network's result would differ; 2 where there is no such network."""
     try:
         model, size = load(arguments.network)
         print(report(optimize(model, torch.randn(1, *size))))
-    except (ImportError, RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         print(f"fastsep: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
     return 0

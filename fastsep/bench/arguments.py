@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -27,3 +28,15 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"must be a whole number from 1, got {text!r}")
     return int(text)
+
+
+@checked
+def duration(text: str) -> float:
+    """Seconds from 0."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"must be seconds from 0, got {text!r}")
+    return seconds

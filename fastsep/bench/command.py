@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
+import tempfile
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +19,7 @@ from rich.progress import track
 from .. import _native
 from .._case import DTYPES, LAYOUTS, Case, format_case
 from . import contenders, networks, peers, plot
-from .arguments import checked, count
+from .arguments import checked, count, duration
 from .engine import race
 from .layers import PHASES, Network, load, names, phase_operations, traffic
 from .machine import Load, cores, device_name, fixed_threads, measure_bandwidth, measure_peak, versions
@@ -57,6 +59,14 @@ def network(text: str) -> Network:
     return Network(text, []) if networks.is_of_library(text) else load(text)
 
 
+@checked
+def file(text: str) -> str:
+    """A file's name, or - for the standard output."""
+    if not text:
+        raise ValueError("must be a file's name, got ''")
+    return text
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -89,12 +99,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=DEVICES, help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument(
-        "--seconds", type=float, default=25.0, help="to measure for, in all (default: %(default)s)"
+        "--seconds", type=duration, default=25.0, help="to measure for, in all (default: %(default)s)"
     )
     parser.add_argument(
-        "--json", nargs="?", const="-", metavar="FILE", help="write JSON, instead of the table"
+        "--json", nargs="?", const="-", type=file, metavar="FILE", help="write JSON, instead of the table"
     )
-    parser.add_argument("--csv", nargs="?", const="-", metavar="FILE", help="write CSV, instead of the table")
+    parser.add_argument(
+        "--csv", nargs="?", const="-", type=file, metavar="FILE", help="write CSV, instead of the table"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the result: .png, .svg or .pdf")
 
 
@@ -112,13 +124,13 @@ def run(arguments: argparse.Namespace) -> int:
         check(arguments)
         with Load() as load, fixed_threads(arguments.threads):
             report = measure(arguments)
-    except ValueError as error:
+        write(replace(report, remarks=[*report.remarks, *load.doubts]), arguments)
+    except (OSError, ValueError) as error:
         print(f"fastsep: {error}", file=sys.stderr)
         return 2
     except (ArithmeticError, RuntimeError) as error:
         print(f"fastsep: {error}", file=sys.stderr)
         return 1
-    write(replace(report, remarks=[*report.remarks, *load.doubts]), arguments)
     return 0
 
 
@@ -136,13 +148,39 @@ def check(arguments: argparse.Namespace) -> None:
         arguments.module, arguments.size = networks.build((arguments.layer or arguments.network).name)
     elif not (arguments.layer or arguments.network).layers:
         raise ValueError(f"network {arguments.network.name} is measured with --whole")
-    if arguments.json and arguments.csv and arguments.json == arguments.csv:
-        raise ValueError(f"json and csv cannot both be written to {arguments.json}")
-    for path in (arguments.json, arguments.csv, arguments.plot):
-        if path not in (None, "-") and not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path} cannot be written: there is no folder {Path(path).parent}")
     if arguments.plot:
         plot.check(arguments.plot)
+    check_targets({option: getattr(arguments, option) for option in ("json", "csv", "plot")})
+
+
+def check_targets(targets: dict[str, str | Path | None]) -> None:
+    """ValueError where a file could not be written, or two results would go to the same."""
+    taken: dict[str | Path, str] = {}
+    for option, target in targets.items():
+        if target is None:
+            continue
+        place = target if target == "-" else Path(target).resolve()
+        if place in taken:
+            raise ValueError(f"{taken[place]} and {option} cannot both be written to {target}")
+        taken[place] = option
+        if target != "-" and (reason := why_not_written(Path(target))):
+            raise ValueError(f"{target} cannot be written: {reason}")
+
+
+def why_not_written(path: Path) -> str:
+    """Empty where write_whole() can write it."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        return f"there is no folder {path.parent}"
+    if path.is_dir():
+        return "it is a folder"
+    if path.exists() and not path.is_file():
+        return "it is no file"
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        return f"the folder {path.parent} does not take files: {error.strerror}"
+    return ""
 
 
 def measure(arguments: argparse.Namespace) -> Report:
@@ -164,7 +202,9 @@ def measure(arguments: argparse.Namespace) -> Report:
         arguments.dtype,
         arguments.device,
     )
-    command = shlex.join(["python", "-m", "fastsep", *sys.argv[1:]])
+    forced = os.environ.get("FASTSEP_ISA")
+    environment = [f"FASTSEP_ISA={forced}"] if forced else []
+    command = shlex.join([*environment, "python", "-m", "fastsep", *arguments.typed])
     return Report(
         *(network.name, arguments.whole, *asked, isa, device_name(arguments.device), found, bandwidth, rows),
         command=command,
@@ -229,15 +269,19 @@ def _progress(cases: list[Case]) -> list[Case]:
 
 
 def write(report: Report, arguments: argparse.Namespace) -> None:
-    """The table, or what was asked for instead of it."""
-    texts = {arguments.json: json.dumps(report.to_json(), indent=1) + "\n", arguments.csv: report.to_csv()}
-    for target, text in texts.items():
-        if target == "-":
-            print(text, end="")
-        elif target:
-            write_whole(Path(target), text)
+    """The table, or what was asked for instead of it: all is made before the first of it is written."""
+    contents: dict[str | Path, str | bytes] = {}
+    if arguments.json:
+        contents[arguments.json] = json.dumps(report.to_json(), indent=1) + "\n"
+    if arguments.csv:
+        contents[arguments.csv] = report.to_csv()
     if arguments.plot:
-        write_whole(arguments.plot, plot.draw(report, arguments.plot.suffix[1:]))
+        contents[arguments.plot] = plot.draw(report, arguments.plot.suffix[1:])
+    for target, content in contents.items():
+        if target == "-":
+            print(content, end="")
+        else:
+            write_whole(Path(target), content)
     if "-" not in (arguments.json, arguments.csv):
         console = Console()
         if not console.is_terminal:

@@ -1,11 +1,14 @@
-"""The layers of real networks, from the files in shapes/: one case a line, as _case.py reads it."""
+"""The layers of real networks, from the files in shapes/: one case a line, as _case.py reads it.
+
+Batch, dtype and layout are those that are asked for: no line has its own.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import NamedTuple
 
-from .._case import DTYPES, Case, parse_case
+from .._case import DTYPES, Case, parse_call
 
 SHAPES = Path(__file__).with_name("shapes")
 # What of a layer is measured: the gradients are those that a layer within a network needs, the input's too.
@@ -30,20 +33,30 @@ def names() -> list[str]:
 def load(network: str) -> Network:
     """One of names(), a file, or a line that is a layer itself; ValueError where it is none of them."""
     if "=" in network:
-        layer = parse_case(network)
+        layer = _layer(network)
         return Network(layer.name or "layer", [layer])
     path = SHAPES / f"{network}.txt" if network in names() else Path(network)
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        known = ", ".join(names())
+    except (OSError, UnicodeDecodeError) as error:
+        known, reason = ", ".join(names()), getattr(error, "strerror", "it is no text")
         raise ValueError(
-            f"must be one of {known}, a file of layers or a layer, got {network!r}: {error.strerror}"
+            f"must be one of {known}, a file of layers or a layer, got {network!r}: {reason}"
         ) from None
-    layers = [parse_case(line) for line in lines if line.split("#")[0].strip()]
+    layers = [_layer(line) for line in lines if line.split("#")[0].strip()]
     if not layers:
         raise ValueError(f"{path} holds no layers")
     return Network(path.stem, layers)
+
+
+def _layer(line: str) -> Case:
+    case = parse_call(line)
+    for token in line.split("#")[0].rpartition("|")[2].split():
+        key = token.partition("=")[0]
+        if key in ("n", "dtype", "layout"):
+            option = "batch" if key == "n" else key
+            raise ValueError(f"a layer must leave {key} to --{option}, got {token} in {line.strip()!r}")
+    return case
 
 
 def distinct(layers: list[Case]) -> list[Case]:

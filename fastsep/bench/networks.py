@@ -100,10 +100,7 @@ def build(name: str) -> tuple[nn.Module, tuple[int, int, int]]:
     if name in SOURCES:
         network = SOURCES[name]().eval()
     else:
-        try:
-            network, size = _networks.load(name)
-        except ImportError as error:
-            raise ValueError(str(error)) from error
+        network, size = _networks.load(name)
     with torch.no_grad():
         for part in network.modules():
             if isinstance(part, nn.BatchNorm2d):

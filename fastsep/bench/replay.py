@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import _backward, _native, _ops
-from .._case import DTYPES, Case, format_case, parse_case
+from .._case import DTYPES, Case, format_case, parse_call
 from .._check import (
     NAMES,
     Tensors,
@@ -23,7 +23,7 @@ from .._check import (
     oracle_backward,
 )
 from ..functional import why_composed
-from .arguments import checked
+from .arguments import checked, duration
 from .engine import race
 from .layers import backward_operations, operations
 
@@ -35,20 +35,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "call",
         metavar="line",
-        type=checked(parse_call),
+        type=checked(parse_line),
         help='the line, or a case such as "c=8 h=14 w=14 k=16 kh=3 kw=3 layout=nhwc"',
     )
     parser.add_argument("--backward", action="store_true", help="the gradients, as a line of theirs asks for")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="to measure for (default: %(default)s)")
+    parser.add_argument("--seconds", type=duration, default=1.0, help="to measure for (default: %(default)s)")
 
 
-def parse_call(line: str) -> tuple[Case, bool]:
+def parse_line(line: str) -> tuple[Case, bool]:
     """The case, and whether the line is that of a backward pass; ValueError for a case that has no output."""
-    case = parse_case(line)
-    if min(case.n, case.oh, case.ow) < 1:
-        raise ValueError(f"the case has no output: {format_case(case)}")
-    return case, "backward" in line.rpartition("|")[0]
+    return parse_call(line), "backward" in line.rpartition("|")[0]
 
 
 def run(arguments: argparse.Namespace) -> int:

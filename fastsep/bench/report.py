@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .._case import Case, parse_case
+from .._case import LAYOUTS, Case, parse_case
 from .engine import Timing, doubts, geometric_mean
 from .machine import Roof
 
@@ -38,8 +38,9 @@ class Row:
 
     @property
     def torch_layout(self) -> str:
-        """The layout in which torch is faster."""
-        return min(("nchw", "nhwc"), key=lambda layout: self.times[f"torch {layout}"].median)
+        """The layout in which torch is faster; empty where it took no part."""
+        measured = [layout for layout in LAYOUTS if f"torch {layout}" in self.times]
+        return min(measured, key=lambda layout: self.times[f"torch {layout}"].median, default="")
 
     def time(self, name: str) -> Timing | None:
         """Of a contender; "torch" is the one in the layout that is faster."""
@@ -149,11 +150,14 @@ class Report:
         if version != FORMAT:
             raise ValueError(f"is a result of format {version}, this version reads format {FORMAT}")
         given = {f.name for f in fields(cls)} & set(values)
-        rows = [
-            Row(**(row | {"times": {name: Timing(**timing) for name, timing in row["times"].items()}}))
-            for row in values["rows"]
-        ]
-        return cls(**({name: values[name] for name in given} | {"rows": rows}))
+        try:
+            rows = [
+                Row(**(row | {"times": {name: Timing(**timing) for name, timing in row["times"].items()}}))
+                for row in values["rows"]
+            ]
+            return cls(**({name: values[name] for name in given} | {"rows": rows}))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"is no result of python -m fastsep bench --json: {error}") from None
 
     def to_csv(self) -> str:
         """A line for each layer and contender."""
