@@ -127,6 +127,19 @@ def test_training(native_calls):
     assert all(parameter.requires_grad for parameter in optimized.parameters())
 
 
+HOOKS = "forward", "forward_pre", "full_backward", "full_backward_pre"
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_training_with_a_hook_that_came_later(kind):
+    seen = []
+    optimized = fastsep.optimize(Block(between=nn.ReLU()), mode="training")
+    getattr(optimized.pointwise, f"register_{kind}_hook")(lambda *args: seen.append(args))
+    for count in (1, 2, 3):
+        optimized(X).sum().backward()
+        assert len(seen) == count
+
+
 def test_training_of_a_network():
     model = network("timm/legacy_xception").train()
     optimized = fastsep.optimize(model, mode="training", verify=False)

@@ -96,7 +96,7 @@ def _check(model: nn.Module, mode: str) -> None:
 def _optimize(
     model: nn.Module, example_inputs: Any, mode: Mode, filter_fn: Filter | None, verify: bool
 ) -> None:
-    found, untraceable = regions(model)
+    found, untraceable = regions(model, gradients=mode == "training")
     summary = Report(type(model).__name__, mode, [])
     record = _Record(summary)
     forwards: list[Forward] = []

@@ -12,7 +12,7 @@ from .forward import Plan, State
 from .patterns import PATTERNS, TRAINING_PATTERNS, Match
 from .report import Candidate
 from .rewrite import drop_rank_checks, rewrite
-from .trace import Region, trace
+from .trace import Region, inference_tensor, trace
 from .verify import match_error, tolerance_of
 
 Mode = Literal["inference", "training"]
@@ -29,10 +29,10 @@ class Maker:
     def __call__(self, module: nn.Module) -> Plan:
         inference = self.mode == "inference"
         nothing = Plan(State(module, set(), weights=inference))
-        if inference and any(child.training for child in module.modules()):
+        if inference and (any(child.training for child in module.modules()) or inference_tensor(module)):
             return nothing
         try:
-            return self.plan(Region(self.name, module, trace(module)))[0]
+            return self.plan(Region(self.name, module, trace(module, gradients=not inference)))[0]
         except (TypeError, ValueError):
             return nothing
 

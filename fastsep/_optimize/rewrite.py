@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .aliases import copies_show
 from .chains import Reader, UnfitError
 from .patterns import SURROUNDINGS, Match
 from .series import SeriesStep
@@ -63,7 +64,7 @@ def rewrite(
     if inference:
         _drop_identities(graph, reader)
         _add_in_place(graph, fresh)
-        channels_last = _prepare_channels_last(graph, reader)
+        channels_last = _prepare_channels_last(graph, reader, fresh)
         _join(graph)
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr":
@@ -143,20 +144,18 @@ _LAYOUT_METHODS = {
 }
 
 
-def _prepare_channels_last(graph: fx.Graph, reader: Reader) -> bool:
+def _prepare_channels_last(graph: fx.Graph, reader: Reader, fresh: set[fx.Node]) -> bool:
     """Whether the graph means the same on channels-last tensors. Views become reshapes, which may copy."""
+    if copies_show(graph, reader, fresh):
+        return False
     views = []
     for node in graph.nodes:
         if node.op == "call_method" and node.target in _LAYOUT_METHODS:
             return False
         if node.op == "call_function" and node.target is torch.as_strided:
             return False
-        if node.op == "placeholder" and any(reader.writes(user) for user in node.users):
-            return False
         if node.op == "call_method" and node.target == "view":
             if any(isinstance(argument, torch.dtype) for argument in node.args) or node.kwargs:
-                return False
-            if any(reader.writes(user) for user in node.users):
                 return False
             views.append(node)
     for node in views:
