@@ -54,11 +54,9 @@ def rewrite(
     region: Region, matches: list[Match], *, inference: bool
 ) -> tuple[fx.GraphModule, set[nn.Module], bool]:
     """The region's graph with the steps in it, the modules that it still calls, and whether it is one for
-    channels-last tensors. For inference what is around the matches is folded, too."""
+    channels-last tensors."""
     graph = region.graph
     reader = Reader(region.module, graph)
-    if inference:
-        matches = matches + _surroundings(reader, {node for match in matches for node in match.nodes})
     fresh = {_replace(graph, match) for match in matches}
     channels_last = False
     if inference:
@@ -75,8 +73,10 @@ def rewrite(
     return fx.GraphModule(region.module, graph), called, channels_last
 
 
-def _surroundings(reader: Reader, taken: set[fx.Node]) -> list[Match]:
-    matches = []
+def surroundings(reader: Reader, taken: set[fx.Node]) -> list[Match]:
+    """What is not taken, but is for a kernel, too, or has a norm to be folded."""
+    matches: list[Match] = []
+    taken = set(taken)
     for node in reader.graph.nodes:
         for pattern in SURROUNDINGS if node not in taken else ():
             try:
