@@ -11,6 +11,7 @@ from torch import nn
 import fastsep
 from fastsep import _native
 from fastsep._optimize import steps
+from fastsep._optimize.live import LiveStep
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="the native module is missing")
 
@@ -37,6 +38,50 @@ def test_training_mode():
 
 def test_meta_device():
     unharmed(Block().eval().to("meta"), ValueError, r"got depthwise\.weight on the meta device")
+
+
+def test_buffers_on_the_meta_device():
+    model = Block().eval()
+    model.behind.to("meta")
+    model.behind.weight = model.behind.bias = None
+    unharmed(model, ValueError, r"got behind\.running_mean on the meta device")
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyConv2d(8, 1), nn.LazyBatchNorm2d(affine=False)], ids=str)
+def test_lazy_layers(lazy):
+    with pytest.raises(ValueError, match=r"model must have been called once, got 0\.\w+ of a lazy layer"):
+        fastsep.optimize(nn.Sequential(lazy, Block()).eval(), inplace=True)
+
+
+def test_tensors_of_inference_mode():
+    """Writes to them cannot be seen: neither at first nor when they come later."""
+    with torch.inference_mode():
+        model = made(Block())
+        with pytest.raises(ValueError, match=r"got depthwise\.weight made in torch\.inference_mode"):
+            fastsep.optimize(model)
+    optimized = fastsep.optimize(made(Block(), seed=1))
+    with torch.inference_mode():
+        optimized.load_state_dict(model.state_dict(), assign=True)
+        settled(optimized)
+        for one in (model, optimized):
+            one.pointwise.weight.mul_(3)
+        torch.testing.assert_close(settled(optimized), model(X), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("script", [torch.jit.script, lambda model: torch.jit.trace(model, X)])
+@pytest.mark.filterwarnings("ignore")
+def test_script_modules(script):
+    with pytest.raises(TypeError, match="with a forward in Python, got a ScriptModule"):
+        fastsep.optimize(script(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1)).eval()))
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [(nn.Conv2d(8, 8, 3, groups=8), "the model"), (fastsep.SeparableConv2d(8, 8, 3), "depthwise")],
+)
+def test_a_single_layer(layer, name):
+    (candidate,) = fastsep.report(fastsep.optimize(layer.eval())).candidates
+    assert (candidate.name, candidate.reason) == (name, f"the model itself is one {type(layer).__name__}")
 
 
 def test_no_module():
@@ -89,6 +134,7 @@ def test_dtypes_without_a_kernel(dtype):
     optimized = fastsep.optimize(made(Block()).to(dtype))
     (candidate,) = fastsep.report(optimized).candidates
     assert candidate.reason == f"no native kernel for {dtype}"
+    assert "forward" not in optimized.__dict__
 
 
 def test_report_is_readable():
@@ -127,11 +173,73 @@ def test_training(native_calls):
     assert all(parameter.requires_grad for parameter in optimized.parameters())
 
 
+HOOKS = "forward", "forward_pre", "full_backward", "full_backward_pre"
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_training_with_a_hook_that_came_later(kind):
+    seen = []
+    optimized = fastsep.optimize(Block(between=nn.ReLU()), mode="training")
+    getattr(optimized.pointwise, f"register_{kind}_hook")(lambda *args: seen.append(args))
+    for count in (1, 2, 3):
+        optimized(X).sum().backward()
+        assert len(seen) == count
+
+
 def test_training_of_a_network():
     model = network("timm/legacy_xception").train()
     optimized = fastsep.optimize(model, mode="training", verify=False)
     report = fastsep.report(optimized)
     assert len(report.fused) == len(report.candidates) == 34
+
+
+class Noisy(Block):
+    """In training it draws numbers, and its norm counts the calls."""
+
+    def forward(self, x):
+        return nn.functional.dropout(super().forward(x), training=self.training)
+
+
+def test_training_is_compared(monkeypatch):
+    """With the model as it is: training. It sees nothing of that."""
+    torch.manual_seed(0)
+    model = Noisy(between=nn.ReLU())
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    numbers = torch.get_rng_state()
+    optimized = fastsep.optimize(model, X, mode="training")
+    assert 0 < fastsep.report(optimized).error < 1e-5
+    assert torch.equal(torch.get_rng_state(), numbers)
+    assert all(torch.equal(before[name], tensor) for name, tensor in optimized.state_dict().items())
+    call = LiveStep.__call__
+    monkeypatch.setattr(
+        LiveStep,
+        "__call__",
+        lambda self, x: call(self, x) * (torch.arange(8.0)[:, None, None] if x.shape == X.shape else 1),
+    )
+    unharmed(model, RuntimeError, "must give the same result", example_inputs=X, mode="training")
+
+
+def test_training_of_what_is_partly_without_gradients():
+    """A graph would not tell."""
+
+    class Frozen(Block):
+        def forward(self, x):
+            with torch.no_grad():
+                y = super().forward(x)
+            return y + x
+
+    optimized = fastsep.optimize(Frozen(between=nn.ReLU()), mode="training")
+    (candidate,) = fastsep.report(optimized).left
+    assert candidate.reason == "the model could not be traced: it computes a part without gradients"
+    check(made(Frozen()))
+
+
+def test_training_under_autocast(native_calls):
+    model = Block(between=nn.ReLU())
+    optimized = fastsep.optimize(model.train(), mode="training")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(optimized(X), model(X))
+    assert not native_calls
 
 
 def test_training_leaves_norms_that_do_not_train():

@@ -231,6 +231,17 @@ def test_mean_of_other_planes(size):
     check(made(Head(POOLS["mean"])), torch.randn(size, generator=torch.Generator().manual_seed(0)))
 
 
+def test_more_sizes_than_are_remembered():
+    """A series that was made for a size holds what its mean over the plane of that size reads."""
+    pair = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU(), nn.Conv2d(8, 16, 1)
+    model = made(nn.Sequential(*pair, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8)))
+    optimized = fastsep.optimize(model)
+    inputs = [torch.randn(1, 8, height, 7) for height in range(5, 17)]
+    with torch.no_grad():
+        for x in inputs + inputs:
+            torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("stride", [1, 2, (1, 3)])
 @pytest.mark.parametrize("channels", [(8, 40), (8, 3)])
 def test_lone_pointwise(stride, channels):

@@ -2,7 +2,8 @@
 
 trace.py makes a graph of a module, chains.py reads its nodes, patterns.py finds what can be fused and says
 why the rest cannot, steps.py, series.py and live.py hold what is run instead, rewrite.py puts it into the
-graph, plans.py does all of this in turn, and forward.py takes a module's forward over while that is safe.
+graph, aliases.py says whether that may be in another memory format, plans.py does all of this in turn, and
+forward.py takes a module's forward over while that is safe.
 """
 
 from .api import optimize, report, revert

@@ -9,11 +9,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from ..modules import SeparableConv2d
 from .forward import Forward
 from .plans import Filter, Maker, Mode
+from .randomness import RandomState
 from .report import Candidate, Report
-from .trace import regions
+from .trace import inference_tensor, regions
 from .verify import largest_error, tolerance
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -47,23 +50,28 @@ def optimize(
     torch.Size([1, 1000])
 
     It finds depthwise -> [norm] -> [activation] -> pointwise -> [norm] -> [activation], however the model
-    writes it. For inference it also folds the norms of all other convolutions, packs the weights, has the
-    parameters require no gradient, and computes in channels-last where the model allows it. The module, its
-    children and the keys of its state dict stay as they are: what is swapped is its forward, and for any call
-    but a plain inference on the CPU (training, autocast, a compiler or exporter, hooks that came later) the
-    model's own forward runs. Weights that are loaded or written to later count; a write through `.data` does
-    not, and nor does a new value of a module's other attributes: optimize again after that.
+    writes it. For inference it also folds the norms of the other convolutions, packs the weights and has the
+    parameters require no gradient. Nothing is chosen by timing: all that a kernel takes goes to it, and every
+    model computes in channels-last, in which the kernels are faster, unless its forward could tell. Where no
+    depthwise convolution is called it stays as it is.
+
+    The module, its children and the keys of its state dict stay as they are: what is swapped is its forward,
+    and for any call but a plain inference on the CPU (training, autocast, a compiler or exporter, hooks that
+    came later) the model's own forward runs. Weights that are loaded or written to later count; a write
+    through `.data` does not, and nor does a new value of a module's other attributes: optimize again then.
 
     model: any nn.Module, its weights on the CPU.
     example_inputs: a tensor or a tuple of arguments to run both models on.
     mode: "inference", or "training": then only pairs without a norm between them are fused, nothing is
         folded or packed, and gradients flow.
     filter_fn: called with each depthwise convolution and its name; False leaves it as it is.
-    verify: compare each fused pair with what it replaces, and with example_inputs the whole model.
+    verify: compare each fused pair with what it replaces, and with example_inputs the whole model, in the
+        mode it is in.
     inplace: change this model instead of a copy.
 
-    ValueError for a model that trains where the mode is "inference", that lies on the meta device, or that is
-    optimized already; TypeError for something that is no nn.Module; RuntimeError where the results differ.
+    ValueError for a model that trains or was made in torch.inference_mode() where the mode is "inference",
+    that has no weights yet (lazy layers, the meta device), or that is optimized already; TypeError for
+    something that is no nn.Module, or a ScriptModule; RuntimeError where the results differ.
     The given model is unharmed in every case.
     """
     _check(model, mode)
@@ -79,6 +87,8 @@ def optimize(
 def _check(model: nn.Module, mode: str) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError("model must be an nn.Module with a forward in Python, got a ScriptModule")
     if mode not in ("inference", "training"):
         raise ValueError(f'mode must be "inference" or "training", got {mode!r}')
     for name, module in model.named_modules():
@@ -88,15 +98,21 @@ def _check(model: nn.Module, mode: str) -> None:
         if mode == "inference" and module.training:
             which = f"its {name}" if name else "it"
             raise ValueError(f'model must be in eval mode for mode="inference", got one where {which} trains')
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise ValueError(f"model must have been called once, got {name} of a lazy layer")
+        if tensor.is_meta:
             raise ValueError(f"model must have its weights in memory, got {name} on the meta device")
+    if mode == "inference" and (name := inference_tensor(model)):
+        raise ValueError(
+            f"model must have weights whose changes can be seen, got {name} made in torch.inference_mode()"
+        )
 
 
 def _optimize(
     model: nn.Module, example_inputs: Any, mode: Mode, filter_fn: Filter | None, verify: bool
 ) -> None:
-    found, untraceable = regions(model)
+    found, untraceable = regions(model, gradients=mode == "training")
     summary = Report(type(model).__name__, mode, [])
     record = _Record(summary)
     forwards: list[Forward] = []
@@ -110,14 +126,8 @@ def _optimize(
     summary.candidates += _hidden(model, summary.candidates, untraceable)
 
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    compared = (
-        verify
-        and example_inputs is not None
-        and bool(forwards)
-        and not any(m.training for m in model.modules())
-    )
-    with torch.no_grad():
-        expected = model(*copy.deepcopy(inputs)) if compared else None
+    compared = verify and example_inputs is not None and bool(forwards)
+    expected = _try(model, inputs) if compared else None
     for forward in forwards:
         forward.root.__dict__.update(forward=forward, _apply=forward.apply)
         record.taken_over.append(forward.root)
@@ -126,8 +136,7 @@ def _optimize(
         record.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         model.requires_grad_(False)
     if compared:
-        with torch.no_grad():
-            summary.error = largest_error(model(*copy.deepcopy(inputs)), expected)
+        summary.error = largest_error(_try(model, inputs), expected)
         if not summary.error <= tolerance(expected):
             raise RuntimeError(
                 "model must give the same result when it is optimized, got a difference of "
@@ -135,11 +144,32 @@ def _optimize(
             )
 
 
+def _try(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    """The model's result, and no trace of the call: a model that trains writes to its buffers and may draw
+    random numbers, which here are the same in each call."""
+    numbers = RandomState()
+    buffers = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    values = [(b, b.clone()) for _, held in buffers for b in held.values() if b is not None]
+    with torch.no_grad():
+        try:
+            return model(*copy.deepcopy(inputs))
+        finally:
+            for slots, held in buffers:
+                slots.update(held)
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+            numbers.restore()
+
+
 def _hidden(model: nn.Module, known: list[Candidate], untraceable: Mapping[str, str]) -> Iterator[Candidate]:
     """Depthwise convolutions that no graph shows."""
     names = {candidate.name for candidate in known}
     for name, module in model.named_modules():
         if not isinstance(module, nn.Conv2d) or not 1 < module.groups == module.in_channels or name in names:
+            continue
+        if module is model or isinstance(model, SeparableConv2d):
+            yield Candidate(name or "the model", False, f"the model itself is one {type(model).__name__}")
             continue
         reason = "the model's forward does not call it"
         for ancestor in [*_ancestors(name), ""]:

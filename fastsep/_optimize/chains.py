@@ -268,7 +268,9 @@ class Reader:
         in_place = name.endswith("_") and not name.endswith("__")
         if in_place or name in (*IN_PLACE, "setitem"):
             return True
-        return any(value is True for value in (*node.args, *node.kwargs.values()))  # `inplace`, mostly
+        if node.op == "call_method":
+            return False
+        return any(value is True for value in node.args) or node.kwargs.get("inplace", False) is not False
 
     def is_identity(self, node: fx.Node) -> bool:
         """Whether a node hands its input on as it is."""

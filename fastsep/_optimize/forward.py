@@ -20,12 +20,17 @@ from .trace import inputs_of
 
 _version = attrgetter("_version")
 _training = attrgetter("training")
+_HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
     torch_module._global_backward_hooks,
     torch_module._global_backward_pre_hooks,
 )
+
+
+# What a stand-in of the trace may stand for: of anything else the forward may ask what a tensor lacks.
+_ARGUMENTS = Tensor, int, float
 
 
 class State:
@@ -52,9 +57,7 @@ class State:
         self._modules = modules
         self._training = list(map(_training, modules))
         inner = [module for module in modules if module is not root and module not in called]
-        self._hooks = [module._forward_hooks for module in inner]
-        self._hooks += [module._forward_pre_hooks for module in inner]
-        self._hooks += [module._backward_hooks for module in inner]
+        self._hooks = [getattr(module, hooks) for hooks in _HOOKS for module in inner]
 
     def holds(self) -> bool:
         """Whether nothing has changed. (In loops of the interpreter's own, for this runs in each call.)"""
@@ -100,7 +103,7 @@ class Forward:
                 args, kwargs = (*args, *(kwargs[name] for name in rest)), {}
         plan = None
         fits = not kwargs and len(args) == len(self.names) and not any(_GLOBAL_HOOKS)
-        if fits and (self.mode == "training" or self._is_plain_inference(args)):
+        if fits and (self._is_training(args) if self.mode == "training" else self._is_plain_inference(args)):
             plan = self._plan()
         if plan is None or plan.graph is None:
             return type(self.root).forward(self.root, *args, **kwargs)
@@ -119,11 +122,15 @@ class Forward:
         self._plans = [plan, *self._plans[:1]]
         return plan
 
+    def _is_training(self, args: tuple[Any, ...]) -> bool:
+        """Whether the arguments are such as the trace took them for, in a call without autocast."""
+        return all(isinstance(x, _ARGUMENTS) for x in args) and not torch.is_autocast_enabled("cpu")
+
     def _is_plain_inference(self, args: tuple[Any, ...]) -> bool:
         """Whether nothing watches the call, and its tensors are such as the steps can take."""
         watched = torch.is_grad_enabled()
         for x in args:
-            if type(x) is not Tensor and isinstance(x, (Tensor, list, tuple, dict)):
+            if type(x) is not Tensor and (isinstance(x, Tensor) or not isinstance(x, _ARGUMENTS)):
                 return isinstance(x, nn.Parameter) and self._is_plain_inference((x.detach(),))
             if type(x) is Tensor and (
                 not x.is_cpu or x.layout is not torch.strided or x.is_neg() or (watched and x.requires_grad)

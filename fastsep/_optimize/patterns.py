@@ -297,6 +297,7 @@ def dense(reader: Reader, node: fx.Node) -> Match | None:
     convolution = reader.convolution(node)
     if convolution is None:
         return None
+    _check_native(convolution)  # other dtypes and devices are the model's own affair
     if convolution.padding == "same" and convolution.stride != (1, 1):
         raise UnfitError("its padding depends on the input")
     if (

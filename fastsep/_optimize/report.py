@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rich import box
 from rich.console import Console
@@ -32,7 +32,6 @@ class Report:
     candidates: list[Candidate]
     channels_last: bool = False
     error: float | None = None
-    notes: list[str] = field(default_factory=list)
 
     @property
     def fused(self) -> list[Candidate]:
@@ -57,8 +56,6 @@ class Report:
                 word = "fused" if candidate.fused else "left"
                 table.add_row(candidate.name, word, candidate.reason, error)
             console.print(table)
-        for note in self.notes:
-            console.print(note, highlight=False, soft_wrap=True)
         return text.getvalue().rstrip()
 
     def summary(self) -> str:

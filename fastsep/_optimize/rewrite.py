@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .aliases import copies_show
 from .chains import Reader, UnfitError
 from .patterns import SURROUNDINGS, Match
 from .series import SeriesStep
@@ -53,17 +54,15 @@ def rewrite(
     region: Region, matches: list[Match], *, inference: bool
 ) -> tuple[fx.GraphModule, set[nn.Module], bool]:
     """The region's graph with the steps in it, the modules that it still calls, and whether it is one for
-    channels-last tensors. For inference what is around the matches is folded, too."""
+    channels-last tensors."""
     graph = region.graph
     reader = Reader(region.module, graph)
-    if inference:
-        matches = matches + _surroundings(reader, {node for match in matches for node in match.nodes})
     fresh = {_replace(graph, match) for match in matches}
     channels_last = False
     if inference:
         _drop_identities(graph, reader)
         _add_in_place(graph, fresh)
-        channels_last = _prepare_channels_last(graph, reader)
+        channels_last = _prepare_channels_last(graph, reader, fresh)
         _join(graph)
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr":
@@ -74,8 +73,10 @@ def rewrite(
     return fx.GraphModule(region.module, graph), called, channels_last
 
 
-def _surroundings(reader: Reader, taken: set[fx.Node]) -> list[Match]:
-    matches = []
+def surroundings(reader: Reader, taken: set[fx.Node]) -> list[Match]:
+    """What is not taken, but is for a kernel, too, or has a norm to be folded."""
+    matches: list[Match] = []
+    taken = set(taken)
     for node in reader.graph.nodes:
         for pattern in SURROUNDINGS if node not in taken else ():
             try:
@@ -143,20 +144,18 @@ _LAYOUT_METHODS = {
 }
 
 
-def _prepare_channels_last(graph: fx.Graph, reader: Reader) -> bool:
+def _prepare_channels_last(graph: fx.Graph, reader: Reader, fresh: set[fx.Node]) -> bool:
     """Whether the graph means the same on channels-last tensors. Views become reshapes, which may copy."""
+    if copies_show(graph, reader, fresh):
+        return False
     views = []
     for node in graph.nodes:
         if node.op == "call_method" and node.target in _LAYOUT_METHODS:
             return False
         if node.op == "call_function" and node.target is torch.as_strided:
             return False
-        if node.op == "placeholder" and any(reader.writes(user) for user in node.users):
-            return False
         if node.op == "call_method" and node.target == "view":
             if any(isinstance(argument, torch.dtype) for argument in node.args) or node.kwargs:
-                return False
-            if any(reader.writes(user) for user in node.users):
                 return False
             views.append(node)
     for node in views:

@@ -54,8 +54,8 @@ class MeanStep:
         made = None if step is None else step.link(x)
         if made is None or self.keepdim:
             return made
-        call, result = made
-        return call, result.new_empty(result.shape[:2])
+        call, result, packed = made
+        return call, result.new_empty(result.shape[:2]), packed
 
 
 class LinearStep:
@@ -81,8 +81,8 @@ class LinearStep:
         made = None if self.unfit(x) else self.step.link(as_image(x))
         if made is None:
             return None
-        call, result = made
-        return call, result.new_empty(len(x), result.shape[1])
+        call, result, packed = made
+        return call, result.new_empty(len(x), result.shape[1]), packed
 
 
 def as_image(x: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class SeriesStep:
             if len(self.calls) >= 16:
                 self.calls.clear()
             call = self.calls[key] = self.prepare(x)
-        series, shape, layout, rest = call
+        series, shape, layout, rest, _ = call
         if series is None or _ops.VERBOSE:
             rest = self.links
         else:
@@ -128,18 +128,20 @@ class SeriesStep:
             x = step(x)
         return x
 
-    def prepare(self, x: Tensor) -> tuple[Any, torch.Size, torch.memory_format, list[Linked]]:
-        """For inputs like this one: the series, its result's shape and layout, and the steps behind it.
+    def prepare(self, x: Tensor) -> tuple[Any, torch.Size, torch.memory_format, list[Linked], list[Tensor]]:
+        """For inputs like this one: the series, its result's shape and layout, the steps behind it, and the
+        packed weights, of which the series has no more than the addresses.
 
         It ends before a step that has to copy its input, or has no kernel for it.
         """
-        like, calls = x, []
+        like, calls, weights = x, [], []
         for step in self.links:
             made = step.link(like)
             if made is None:
                 break
-            calls.append(made[0])
-            like = made[1]
+            call, like, packed = made
+            calls.append(call)
+            weights.append(packed)
         layout = torch.channels_last if like.dim() == 4 else torch.contiguous_format
         series = _native.core.Series(calls) if calls else None
-        return series, like.shape, layout, self.links[len(calls) :]
+        return series, like.shape, layout, self.links[len(calls) :], weights

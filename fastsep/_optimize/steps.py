@@ -20,8 +20,8 @@ from .chains import Convolution
 # The problem, the output's shape and layout, whether the input is dense in it, and whether it is the input's.
 Prepared = tuple[tuple[int, ...], tuple[int, ...], torch.memory_format, bool, bool]
 
-# A call of Series, and a tensor like its result.
-Link = tuple[tuple[tuple[int, ...], int, int], Tensor]
+# A call of Series, a tensor like its result, and the packed weights, which must live as long as the series.
+Link = tuple[tuple[tuple[int, ...], int, int], Tensor, Tensor]
 
 # Shapes of inputs for which a step keeps what it worked out.
 _REMEMBERED = 64
@@ -81,7 +81,8 @@ class PackedStep:
         problem, shape, layout, dense, kept = self.prepare(x)
         if not (dense and kept and layout is torch.channels_last):
             return None
-        return (problem, *self.packed_at), torch.empty(shape, dtype=self.dtype, memory_format=layout)
+        result = torch.empty(shape, dtype=self.dtype, memory_format=layout)
+        return (problem, *self.packed_at), result, self.packed
 
     def reported(self, x: Tensor) -> Tensor:
         """By the operator's kernel, which prints the line of FASTSEP_VERBOSE."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import inspect
 import operator
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Attribute
 
 from ..modules import SeparableConv2d
+from .randomness import RandomState
 
 
 def why_opaque(module: nn.Module) -> str:
@@ -44,8 +48,36 @@ def inputs_of(forward: Callable[..., Any]) -> list[str]:
     return names
 
 
-class _Proxy(fx.Proxy):
-    """Also records `x += y` as what it is: without this it would be traced as `x = x + y`."""
+class _Careful:
+    """A stand-in that refuses what it would answer wrongly, and records `x += y` as what it is: without this
+    that would be traced as `x = x + y`."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """What isinstance() asks for: torch.fx does, and in a forward nobody knows the answer."""
+        if sys._getframe(1).f_globals.get("__name__", "").startswith("torch."):
+            return type(self)
+        raise TypeError("it asks for the type of what it computes with")
+
+    def __getattr__(self, name: str) -> _Attribute:
+        if name.startswith("__") or name == "_fields":
+            raise AttributeError(name)
+        if not hasattr(Tensor, name):
+            raise TypeError(f"it asks for {name}, which a tensor does not have")
+        return _Attribute(cast("fx.Proxy", self), name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer", "root", "attr", "_node"):
+            raise TypeError(f"it sets {name} of a tensor")
+        object.__setattr__(self, name, value)
+
+
+class _Proxy(_Careful, fx.Proxy):
+    """A tensor, or what else is computed from the arguments."""
+
+
+class _Attribute(_Careful, Attribute):
+    """An attribute of one."""
 
 
 def _record(name: str) -> Callable[[fx.Proxy, Any], Any]:
@@ -59,11 +91,26 @@ def _record(name: str) -> Callable[[fx.Proxy, Any], Any]:
 
 IN_PLACE = "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"
 for _name in IN_PLACE:
-    setattr(_Proxy, f"__{_name}__", _record(_name))
+    setattr(_Careful, f"__{_name}__", _record(_name))
 
 
 class Tracer(fx.Tracer):
-    """Stops where a module is torch's own, ours, a kind of convolution, or must be called as it is."""
+    """Stops where a module is torch's own, ours, a kind of convolution, or must be called as it is.
+
+    A graph does not tell under which modes of torch its nodes ran, so all must run under the same. With
+    `gradients` whether autograd records is one of them.
+    """
+
+    def __init__(self, *, gradients: bool) -> None:
+        super().__init__()
+        self.gradients = gradients
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if torch.is_autocast_enabled("cpu"):
+            raise TypeError("it uses autocast")
+        if self.gradients and not torch.is_grad_enabled():
+            raise TypeError("it computes a part without gradients")
+        return super().create_node(*args, **kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         names = inputs_of(root_fn)
@@ -108,24 +155,41 @@ class _Unchanged:
         return unchanged
 
 
+def inference_tensor(module: nn.Module) -> str:
+    """The name of a parameter or buffer that was made in torch.inference_mode(), or "".
+
+    A write to one leaves no trace, so what was made of its numbers may be out of date at any time.
+    """
+    tensors = *module.named_parameters(), *module.named_buffers()
+    return next((name for name, tensor in tensors if tensor.is_inference()), "")
+
+
 def _version(tensor: Any) -> int:
     return 0 if tensor.is_inference() else int(tensor._version)
 
 
-def trace(module: nn.Module) -> fx.Graph:
-    """The graph of a module's forward; TypeError or ValueError where there is none that means the same."""
-    unchanged = _Unchanged(module)
+def trace(module: nn.Module, *, gradients: bool) -> fx.Graph:
+    """The graph of a module's forward; TypeError or ValueError where there is none that means the same.
+
+    gradients: whether autograd is to watch the graph, as it watches the forward.
+    """
+    unchanged, numbers = _Unchanged(module), RandomState()
     try:
-        graph = Tracer().trace(module)
+        with torch.autocast("cpu", enabled=False), torch.enable_grad():
+            graph = Tracer(gradients=gradients).trace(module)
     except Exception as error:
         unchanged.restore()
+        numbers.restore()
         raise TypeError(str(error).strip().split("\n")[0] or type(error).__name__) from error
+    if not numbers.restore():
+        unchanged.restore()
+        raise ValueError("it draws random numbers")
     if not unchanged.restore():
         raise ValueError("it writes to the module")
     return graph
 
 
-def regions(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
+def regions(model: nn.Module, *, gradients: bool) -> tuple[list[Region], dict[str, str]]:
     """Graphs that cover as much of the model as can be, and for modules without one the reason."""
     found: list[Region] = []
     reasons: dict[str, str] = {}
@@ -144,7 +208,7 @@ def regions(model: nn.Module) -> tuple[list[Region], dict[str, str]]:
             reasons[name] = "has a forward of its own"
         else:
             try:
-                graph = trace(module)
+                graph = trace(module, gradients=gradients)
             except (TypeError, ValueError) as error:
                 reasons[name] = f"could not be traced: {error}"
                 inner = list(module.named_children())
