@@ -111,12 +111,12 @@ class Cost:
 
     @property
     def predicted_seconds(self) -> float | None:
-        seconds: float | None = self._sum("predicted_seconds")
+        seconds: float | None = self._sum("predicted_seconds") if self.layers else None
         return seconds
 
     @property
     def measured_seconds(self) -> float | None:
-        seconds: float | None = self._sum("measured_seconds")
+        seconds: float | None = self._sum("measured_seconds") if self.layers else None
         return seconds
 
     def __str__(self) -> str:

@@ -46,7 +46,7 @@ def _rows(costs: Cost) -> Table:
         rows.add_column(title, no_wrap=True)
     titles = [
         *("multiply-adds, M", "weights, k", "unfused, MB", "fused, MB", "flop/byte", "dense, M", "ratio"),
-        *(["predicted, ms"] if costs.machine else []),
+        *(["predicted, ms"] if costs.predicted_seconds is not None else []),
         *(["measured, ms"] if costs.measured_seconds is not None else []),
     ]
     footers = _numbers(
