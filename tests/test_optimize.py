@@ -266,7 +266,7 @@ def test_an_input_that_is_written_to_by_way_of_a_view(write):
     "head",
     [
         lambda y: (y + 1).relu_().flatten(1),
-        lambda y: y.flatten(1) + y.mean((1, 2, 3), keepdim=True).flatten(1).mul_(2),
+        lambda y: y.flatten(1) + y.mean((1, 2, 3), keepdim=True).mul_(2).flatten(1),
         lambda y: torch.cat([y, y], 1).add_(1) + y.contiguous().view(-1).sum(),
     ],
 )
@@ -427,8 +427,9 @@ def test_random_numbers_are_drawn_in_each_call(draw):
         def forward(self, x):
             return super().forward(x) * draw()
 
+    model = Draws().eval()
     before = random.getstate(), torch.get_rng_state(), np.random.get_state()[2]
-    optimized = fastsep.optimize(Draws().eval())
+    optimized = fastsep.optimize(model)
     (candidate,) = fastsep.report(optimized).left
     assert candidate.reason == "the model could not be traced: it draws random numbers"
     assert random.getstate() == before[0]
