@@ -257,7 +257,9 @@ __device__ __forceinline__ LaneChannels<T> lane_channels_of(const Forward& p, in
 #pragma unroll
   for (int v = 0; v < lane_channels<T>; ++v) {
     lc.filter[v] = min(lane_channel<T, packed>(lane, v), p.depth - first - 1);
-    lc.channel[v] = packed ? lc.filter[v] : (first + lc.filter[v]) / p.multiplier - first / p.multiplier;
+    // Packed channels are read two at a time, so lanes beyond the last one stay where they are: the halo has room.
+    lc.channel[v] =
+        packed ? lane_channel<T, packed>(lane, v) : (first + lc.filter[v]) / p.multiplier - first / p.multiplier;
   }
   return lc;
 }
