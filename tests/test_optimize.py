@@ -279,6 +279,23 @@ def test_writes_that_no_copy_misses(head):
     assert fastsep.report(optimized).channels_last
 
 
+@pytest.mark.parametrize("dropout", [F.dropout, F.dropout2d, F.alpha_dropout])
+def test_functions_that_drop_nothing(dropout):
+    class Drops(Block):
+        def __init__(self, always):
+            super().__init__()
+            self.always = always
+
+        def forward(self, x):
+            y = self.pointwise(dropout(self.depthwise(x), training=self.always or self.training))
+            y += x
+            return y
+
+    optimized, _ = check(made(Drops(always=False)), fused=1)
+    assert fastsep.report(optimized).channels_last
+    assert not fastsep.report(fastsep.optimize(made(Drops(always=True)))).fused
+
+
 def test_asked_for_strides_keeps_the_layout():
     class Strides(Block):
         def forward(self, x):

@@ -96,6 +96,12 @@ _NO_OPERATION = (
     *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout),
     nn.FeatureAlphaDropout,
 )
+# Functions that hand their input on where `training` is False, by module and name: torchvision is optional.
+_NO_OPERATION_FUNCTIONS = {
+    *(("torch.nn.functional", f"{kind}dropout") for kind in ("", "alpha_", "feature_alpha_")),
+    *(("torch.nn.functional", f"dropout{rank}d") for rank in (1, 2, 3)),
+    ("torchvision.ops.stochastic_depth", "stochastic_depth"),
+}
 _CONV2D_ARGUMENTS = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
 
 
@@ -274,6 +280,8 @@ class Reader:
 
     def is_identity(self, node: fx.Node) -> bool:
         """Whether a node hands its input on as it is."""
+        if node.op == "call_function":
+            return _hands_on(node)
         module = self.module(node)
         if module is None or why_opaque(module) or len(node.args) != 1:
             return False
@@ -284,6 +292,17 @@ def _forwards_as(module: nn.Module, kind: type[nn.Module], *methods: str) -> boo
     """Whether a module of some subclass does what its base does."""
     methods = (*methods, "__call__", "_call_impl")
     return all(getattr(type(module), name) is getattr(kind, name) for name in methods)
+
+
+def _hands_on(node: fx.Node) -> bool:
+    target: Any = node.target
+    if (getattr(target, "__module__", ""), getattr(target, "__name__", "")) not in _NO_OPERATION_FUNCTIONS:
+        return False
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    bound = inspect.signature(target).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return bound.arguments["training"] is False
 
 
 def _parametrised_activation(module: nn.Module) -> str | None:
