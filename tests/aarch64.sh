@@ -67,12 +67,13 @@ build_fastsep() {
   python3.11 -m zipfile -e "$folder"/wheel/fastsep-*-linux_aarch64.whl "$folder/fastsep"
 }
 
-# Also for the processes that tests start.
+# Also for the processes that tests start. The processor is one that the emulator has whole: torch's convolutions use
+# instructions that its default, all extensions at once, says it has and does not know.
 emulated_python() {
   mkdir -p "$folder/bin"
   cat >"$folder/bin/python" <<COMMAND
 #!/bin/sh
-exec qemu-aarch64-static -L '$folder/root' '$folder/root/usr/bin/python3.11' "\$@"
+exec qemu-aarch64-static -cpu neoverse-n1 -L '$folder/root' '$folder/root/usr/bin/python3.11' "\$@"
 COMMAND
   chmod +x "$folder/bin/python"
   PATH=$folder/bin:$PATH PYTHONPATH=$folder/fastsep:$folder/site PYTHONDONTWRITEBYTECODE=1 python "$@"
