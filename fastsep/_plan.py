@@ -151,9 +151,8 @@ def steps(problem: Problem, phase: str, path: str) -> list[Step]:
         if whole:
             made += [Step("pointwise", u + y + weights, 0, pointwise)] + [Step("elementwise", 2 * y)] * act
         return made
-    if (
-        path == FUSED
-    ):  # the gradient of t and from it those of x and the weights; the pointwise weight's; sums
+    if path == FUSED:
+        # The gradient of the depthwise output, then of x and its weights; of the pointwise weights; sums.
         again = math.ceil(problem[4] / _TILE_CHANNELS)
         return [
             Step("fused backward", 2 * x + 2 * y + weights, 3 * depthwise, pointwise),
