@@ -9,7 +9,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import cuda_resources
 
 GOOD = """\
-[3/9] Building CUDA object csrc/cuda/CMakeFiles/_cuda.dir/f16.cu.o
+[3/9] Building CUDA object csrc/cuda/CMakeFiles/fastsep_cuda.dir/f16.cu.o
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN1a6kernelEv' for 'sm_80'
 ptxas info    : Function properties for _ZN1a6kernelEv
