@@ -144,10 +144,8 @@ def main() -> int:
 
 def compare(cases: list[Case], contenders: list[str], arguments: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, *sys.argv[1:], "--memory"]
-    environment = {
-        **os.environ,
-        "MALLOC_MMAP_THRESHOLD_": str(1 << 16),
-    }  # glibc: freed blocks of this size go back
+    # glibc gives freed blocks of this size back, so that what counts is what is in use.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
     memory = {
         name: int(
             subprocess.run([*command, name], check=True, stdout=subprocess.PIPE, env=environment).stdout
