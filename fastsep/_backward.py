@@ -199,7 +199,7 @@ def cpu_kernel(
 
 def composed_kernel(grad: Tensor, *args: Any) -> list[Tensor]:
     tensors, geometry, needed = args[:5], args[6:-1], args[-1]
-    _fake_kernel(grad, *args)
+    check(grad, *args)
     given: Any = (grad, *tensors, *geometry, needed)
     with torch.no_grad():  # where they need not be differentiable, some activations' gradients are simpler
         gradients = compose(*given)
@@ -211,13 +211,18 @@ def composed_kernel(grad: Tensor, *args: Any) -> list[Tensor]:
     ]
 
 
-def _fake_kernel(grad: Tensor, *args: Any) -> list[Tensor]:
+def check(grad: Tensor, *args: Any) -> None:
+    """RuntimeError that names an argument which does not fit the others."""
     tensors, saved, geometry, needed = args[:5], args[5], args[6:-1], args[-1]
-    input = tensors[0]
     shape = _ops.output_shape(*tensors, *geometry[:3])
     check_types(*tensors)
     check_gradients(grad, tensors, saved, shape, needed)
-    return empty_gradients(tensors, _ops.memory_format(input), needed)
+
+
+def _fake_kernel(grad: Tensor, *args: Any) -> list[Tensor]:
+    check(grad, *args)
+    tensors = args[:5]
+    return empty_gradients(tensors, _ops.memory_format(tensors[0]), args[-1])
 
 
 def _autograd_kernel(grad: Tensor, *args: Any) -> list[Tensor]:
@@ -225,6 +230,7 @@ def _autograd_kernel(grad: Tensor, *args: Any) -> list[Tensor]:
     tensors, geometry, needed = args[:5], args[6:-1], args[-1]
     watched = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (grad, *args[:6]))
     if watched or forward_ad._current_level >= 0:
+        check(grad, *args)
         given: Any = (grad, *tensors, *geometry, needed)
         return [gradient for gradient in compose(*given) if gradient is not None]
     with below_autograd():
@@ -234,6 +240,10 @@ def _autograd_kernel(grad: Tensor, *args: Any) -> list[Tensor]:
 def _vmap_rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[list[Tensor], list[int]]:
     """A call for each of the batch."""
     tensors = list(zip(args[:7], in_dims[:7], strict=True))
+    if info.batch_size == 0:
+        one = [x if dim is None else x.new_zeros(x.movedim(dim, 0).shape[1:]) for x, dim in tensors]
+        gradients = [x.new_empty(0, *x.shape) for x in call(*one, *args[7:])]
+        return gradients, [0] * len(gradients)
     calls = [
         call(*(x if dim is None else x.select(dim, i) for x, dim in tensors), *args[7:])
         for i in range(info.batch_size)

@@ -88,7 +88,10 @@ class DepthwiseConv2d(nn.Conv2d):
         return text if self.activation is None else f"{text}, activation={self.activation!r}"
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = weights_of(self)
+        return self._conv_forward(input, *weights_of(self))
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What subclasses of an nn.Conv2d call with weights of their own."""
         checked = isinstance(input, Tensor) and torch._C._get_tracing_state() is None
         if checked and input.dim() > 2 and input.shape[-3] != self.groups:
             raise RuntimeError(f"input must have {self.groups} channels, got {list(input.shape)}")

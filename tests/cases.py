@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import random
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastsep._activations import ACTIVATIONS
 from fastsep._case import Case, parse_case
 
 _TABLE = Path(__file__).with_name("cases.txt")
@@ -22,6 +26,13 @@ BY_NAME = {case.name: case for case in CASES}
 VARIETIES = [(dtype, layout) for dtype in ("float32", "float64") for layout in ("nchw", "nhwc")]
 
 
+# Arguments of activations: zero, bends, where exponentials overflow, and what is no number.
+EDGES = [
+    *(0.0, -0.0, torch.nan, torch.inf, -1.0, 1e-8, -1e-8, 3.0, -3.0, 6.0),
+    *(20.0, -20.0, 88.0, -88.0, 1e4, -1e4),
+]
+
+
 def varied(case: Case, dtype: str, layout: str) -> Case:
     return replace(case, dtype=dtype, layout=layout)
 
@@ -29,6 +40,28 @@ def varied(case: Case, dtype: str, layout: str) -> Case:
 def half(case: Case) -> Case:
     """The depthwise half of a case alone."""
     return replace(case, k=0, b=0, act="identity")
+
+
+def random_case(source: random.Random) -> Case:
+    """A case of moderate size with everything drawn at once."""
+    while True:
+        draw = source.randint
+        case = Case(
+            n=draw(1, 3), c=source.choice([1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 65]), m=draw(1, 2),
+            h=draw(1, 24), w=draw(1, 40), k=source.choice([1, 3, 8, 15, 16, 17, 24, 31, 32, 33, 64, 70]),
+            kh=draw(1, 7), kw=draw(1, 7), sh=draw(1, 4), sw=draw(1, 4), dh=draw(1, 3), dw=draw(1, 3),
+            pt=draw(0, 5), pb=draw(0, 5), pl=draw(0, 5), pr=draw(0, 5), db=draw(0, 1), b=draw(0, 1),
+            mid=source.choice(list(ACTIVATIONS)), act=source.choice(list(ACTIVATIONS)),
+            dtype=source.choice(["float32", "float64"]), layout=source.choice(["nchw", "nhwc"]),
+        )  # fmt: skip
+        if case.oh > 0 and case.ow > 0 and case.n * case.c * case.m * case.oh * case.ow * case.k < 2e6:
+            return case
+
+
+def random_cases(count: int) -> Iterator[Case]:
+    """Drawn with FASTSEP_SEED (default 0)."""
+    source = random.Random(int(os.environ.get("FASTSEP_SEED", "0")))
+    return (random_case(source) for _ in range(count))
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ from itertools import product
 
 import pytest
 import torch
-from cases import BY_NAME, CASES, VARIETIES, half, varied
+from cases import BY_NAME, CASES, EDGES, VARIETIES, half, random_cases, varied
 
 from fastsep import _backward, _native
+from fastsep._activations import ACTIVATIONS
 from fastsep._case import LAYOUTS, Case, format_case, parse_case
 from fastsep._check import (
     NAMES,
@@ -188,6 +189,44 @@ def test_nan_and_infinity_reach_what_they_should(line, where, value):
             if got[name] is not None:
                 same = torch.equal(kinds(got[name]), kinds(expected[name]))
                 assert same, f"{name} on {isa}: {format_case(case)}"
+
+
+LARGE = [
+    *(x for x in EDGES if abs(x) < torch.inf),
+    *(sign * 10.0**power for sign in (1, -1) for power in (2, 9, 13, 18, 38)),
+]
+
+
+@pytest.mark.parametrize("variety", VARIETIES, ids="-".join)
+@pytest.mark.parametrize("place", ["mid", "act"])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_slopes_at_the_edges(activation, place, variety, isa):
+    """At bends, and at sizes where exponentials and powers overflow, against torch in float64."""
+    case = Case(c=1, h=1, w=len(LARGE), k=1, kh=1, kw=1, **{place: activation})
+    case = varied(case, *variety)
+    dtype = getattr(torch, variety[0])
+    x = torch.tensor(LARGE, dtype=dtype).view(1, 1, 1, -1)
+    one = torch.ones(1, 1, 1, 1, dtype=dtype)
+    tensors = {**case.tensors(), "input": x, "depthwise_weight": one, "pointwise_weight": one}
+    wide = x.double()
+    expected = ACTIVATIONS[activation].backward(torch.ones_like(wide), wide)
+    # Beyond these torch's own formula of it has infinity times zero.
+    expected = torch.where(expected.isnan(), (wide > 0).double(), expected)
+    eps = torch.finfo(dtype).eps
+    got = run_native_backward(case, tensors, torch.ones_like(x), isa)["input"]
+    torch.testing.assert_close(got, expected.to(dtype), rtol=16 * eps, atol=16 * eps)
+
+
+def test_random_sweep():
+    """A failure prints the line that replays it."""
+    isas = _native.core.isas()
+    for i, case in enumerate(random_cases(200)):
+        if i % 4 == 0:
+            case = half(case)
+        tensors, grad = case.tensors(seed=i), case.gradient(seed=i + 1)
+        got = run_native_backward(case, tensors, grad, isas[i % len(isas)])
+        error = largest_error(got, composed(case, tensors, grad), gradient_bounds(case, tensors, grad))
+        assert error <= 1, f"{error:.3g} times its bound on {isas[i % len(isas)]}: {format_case(case)}"
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (-1, -1), (0, -1)], ids=str)

@@ -5,6 +5,7 @@
 //
 // slope(g, z) is g times the derivative: z is the activation's value where derivative_from_output() says so
 // (fastsep.h; the parameter is called y then), else its argument x. Where a derivative jumps it takes PyTorch's side.
+// Of an infinite x it is the limit; of one that is not a number it is nothing to rely on.
 #pragma once
 
 #include <math.h>
@@ -230,7 +231,9 @@ struct Gelu {
     const auto normal = V::where_at_most(x, zero, half_tail, V::sub(V::set1(1), half_tail));
     const auto density =
         V::mul(together<V>(exponential<V>(V::sub(zero, V::mul(z, z)))), V::set1(T(0.39894228040143267794)));
-    return V::mul(g, V::fma(x, density, normal));
+    // Limited as its size is: the density does not go on to zero, as it would have to for any x.
+    const auto limited = V::where_at_most(x, zero, V::sub(zero, size), size);
+    return V::mul(g, V::fma(limited, density, normal));
   }
 };
 
@@ -243,11 +246,12 @@ struct GeluTanh {  // x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))
     const auto half = V::mul(x, V::set1(T(0.5)));
     return V::fma(half, phi, half);
   }
-  // (1 + f)/2 + x/2 (1 - f^2) sqrt(2/pi) (1 + 3 0.044715 x^2), f the tanh
+  // (1 + f)/2 + x/2 (1 - f^2) sqrt(2/pi) (1 + 3 0.044715 x^2), f the tanh, which from |x| = 14 on is 1 to the last bit
   template <class V>
   static typename V::Reg slope(typename V::Reg g, typename V::Reg x) {
     using T = typename V::T;
     const T root = T(0.79788456080286535588), cube = T(0.044715);
+    x = V::min(V::set1(14), V::max(V::set1(-14), x));
     const auto one = V::set1(1), half = V::set1(T(0.5)), square = V::mul(x, x);
     const auto inner = V::mul(V::mul(x, V::set1(root)), V::fma(square, V::set1(cube), one));
     const auto f = hyperbolic_tangent<V>(inner);

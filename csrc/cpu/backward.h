@@ -53,10 +53,17 @@ struct Backward {
     s.values = s.saved + block;
     s.arguments = s.values + pixels * panel;
     s.ring = s.arguments + (plan.mid_from_output ? 0 : pixels * panel);
-    s.input = s.ring + (plan.need_inner ? panels * p.multiplier * s.ring_stride : 0);
+    s.input = s.ring + (plan.need_inner && !is_in_place(plan) ? panels * p.multiplier * s.ring_stride : 0);
     s.output = s.input + s.input_rows * p.width * panel;
     s.total = s.output + s.output_rows * p.width * panel;
     return s;
+  }
+
+  // Whether dt is the given gradient as it lies, and there is no ring.
+  static bool is_in_place(const BackwardPlan& plan) {
+    const Problem& p = plan.problem;
+    return p.out_channels == 0 && p.layout == Layout::nhwc && p.multiplier == 1 &&
+           p.mid_activation == Activation::identity;
   }
 
   static int64_t scratch_bytes(const BackwardPlan& plan, int64_t panels) {
@@ -75,6 +82,7 @@ struct Backward {
   const BackwardLayout& layout;
   const BackwardWork& work;
   const Scratch s;
+  const bool in_place;
   T* const scratch;
   int64_t ring_begin = 0, ring_end = 0;  // rows of dt that the rings hold
 
@@ -84,6 +92,7 @@ struct Backward {
         layout(plan_.layout),
         work(work_),
         s(scratch_of(plan_, work_.panel_end - work_.panel_begin)),
+        in_place(is_in_place(plan_)),
         scratch(scratch_) {}
 
   void run() {
@@ -97,7 +106,7 @@ struct Backward {
         const int64_t image = row / plan.out_height, begin = row % plan.out_height;
         const int64_t stop = smaller(plan.out_height, begin + end - row);
         if (begin == 0) ring_begin = ring_end = 0;
-        if (row == first && begin > 0) {
+        if (row == first && begin > 0 && !in_place) {
           ring_begin = ring_end = larger<int64_t>(0, begin - plan.halo);
           bands(image, ring_begin, begin, false, sums);
         }
@@ -125,6 +134,15 @@ struct Backward {
       band({image, begin + cut(end - begin, count, i), begin + cut(end - begin, count, i + 1), counts, sums});
   }
 
+  // Whether a band takes t, and whether it takes x.
+  bool needs_values(const Band& b) const {
+    return (b.counts && plan.gradients.pointwise_weight != nullptr) ||
+           (plan.need_inner && p.mid_activation != Activation::identity);
+  }
+  bool needs_input(const Band& b) const {
+    return needs_values(b) || (b.counts && plan.gradients.depthwise_weight != nullptr);
+  }
+
   void band(const Band& b) {
     const bool pointwise = b.counts && plan.gradients.pointwise_weight != nullptr;
     if (p.out_channels > 0 && (pointwise || plan.need_inner || (b.counts && plan.gradients.bias != nullptr)))
@@ -134,13 +152,16 @@ struct Backward {
     keep_rows(b);
     for (int64_t q = work.panel_begin; q < work.panel_end; ++q) {
       const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
-      const Window<T> x = input_of(b, channel, channels);
+      const Window<T> x = needs_input(b) ? input_of(b, channel, channels) : Window<T>();
       for (int64_t filter = 0; filter < p.multiplier; ++filter) {
         const int64_t index = q * p.multiplier + filter;
-        const bool mid = p.mid_activation != Activation::identity;
-        if (pointwise || (plan.need_inner && mid)) values_of(b, x, channel, filter, pointwise);
+        if (needs_values(b)) values_of(b, x, channel, filter, pointwise);
         if (pointwise) pointwise_gradient(b, index, channels);
         if (!plan.need_inner) continue;
+        if (in_place) {
+          depthwise_gradient(b, x, index, channels, given(b, b.begin, channel), p.channels);
+          continue;
+        }
         T* const dt = ring(q, filter, b.begin);
         const int64_t pixels = (b.end - b.begin) * plan.out_width;
         if (p.out_channels > 0)
@@ -148,11 +169,21 @@ struct Backward {
         else
           take_gradient(b, channel, channels, filter, dt);
         const T* const z = scratch + (plan.mid_from_output ? s.values : s.arguments);
-        multiply_by_slope<V>(p.mid_activation, dt, z, pixels * panel);
-        if (b.counts) depthwise_gradient(b, x, index, channels, dt);
+        for_pixels(pixels, channels, [&](int64_t offset, int64_t count) {
+          multiply_by_slope<V>(p.mid_activation, dt + offset, z + offset, count);
+        });
+        if (b.counts) depthwise_gradient(b, x, index, channels, dt, panel);
       }
       if (b.counts && plan.gradients.input != nullptr) rows_of_input(b, q, channel, channels);
     }
+  }
+
+  // The spans of [pixel][panel] that hold something: of a panel with few channels, the first vectors of each pixel.
+  template <class F>
+  static void for_pixels(int64_t pixels, int64_t channels, const F& f) {
+    const int64_t count = round_up(channels, V::width);
+    if (count == panel) return f(0, pixels * panel);
+    for (int64_t i = 0; i < pixels; ++i) f(i * panel, count);
   }
 
   // ---- dv -----------------------------------------------------------------------------------------------------------
@@ -296,10 +327,17 @@ struct Backward {
       row.output = arguments + (oy - b.begin) * plan.out_width * panel;
       channels_last_row<V, Run>(row);
     }
-    const int64_t count = (b.end - b.begin) * plan.out_width * panel;
     if (is_clamp(p.mid_activation) || !(need_values || plan.mid_from_output)) return;
-    if (!plan.mid_from_output) memcpy(values, arguments, static_cast<size_t>(count) * sizeof(T));
-    activate<V>(p.mid_activation, values, count);
+    const int64_t pixels = (b.end - b.begin) * plan.out_width;
+    if (!plan.mid_from_output) memcpy(values, arguments, static_cast<size_t>(pixels * panel) * sizeof(T));
+    for_pixels(pixels, x.channels,
+               [&](int64_t offset, int64_t count) { activate<V>(p.mid_activation, values + offset, count); });
+  }
+
+  // dy as it lies, from a row and channel on. For is_in_place().
+  const T* given(const Band& b, int64_t row, int64_t channel) const {
+    return static_cast<const T*>(plan.grad_output) +
+           (b.image * plan.out_height + row) * plan.out_width * p.channels + channel;
   }
 
   // dy of the depthwise half alone, one filter.
@@ -320,7 +358,8 @@ struct Backward {
     }
   }
 
-  void depthwise_gradient(const Band& b, const Window<T>& x, int64_t index, int64_t channels, const T* dt) const {
+  void depthwise_gradient(const Band& b, const Window<T>& x, int64_t index, int64_t channels, const T* dt,
+                          int64_t dt_stride) const {
     const int64_t taps = p.kernel_h * p.kernel_w;
     if (plan.gradients.depthwise_weight != nullptr) {
       WeightGradient<T> g(x);
@@ -331,7 +370,7 @@ struct Backward {
       g.row_end = b.end;
       g.columns = plan.out_width;
       g.gradient = dt;
-      g.gradient_stride = panel;
+      g.gradient_stride = dt_stride;
       g.sums = b.sums + layout.depthwise_sums + index * taps * panel;
       g.sums_stride = panel;
       weight_gradient<V>(g);
@@ -340,8 +379,9 @@ struct Backward {
       T* const sums = b.sums + layout.depthwise_bias_sums + index * panel;
       const int64_t pixels = (b.end - b.begin) * plan.out_width;
       for (int64_t c = 0; c < channels; c += V::width) {
+        const int lanes = static_cast<int>(smaller<int64_t>(V::width, channels - c));
         auto acc = V::load(sums + c);
-        for (int64_t i = 0; i < pixels; ++i) acc = V::add(acc, V::load(dt + i * panel + c));
+        for (int64_t i = 0; i < pixels; ++i) acc = V::add(acc, V::load_n(dt + i * dt_stride + c, lanes));
         V::store(sums + c, acc);
       }
     }
@@ -356,7 +396,7 @@ struct Backward {
 
   // Makes room for a band behind the rows of dt that its rows of dx reach.
   void keep_rows(const Band& b) {
-    if (!plan.need_inner) return;
+    if (!plan.need_inner || in_place) return;
     if (plan.gradients.input == nullptr) ring_end = ring_begin = b.begin;
     const int64_t begin = larger(ring_begin, smaller(ring_end, b.begin - plan.halo));
     if (begin > ring_begin) {
@@ -377,24 +417,24 @@ struct Backward {
     T* const image = static_cast<T*>(plan.gradients.input) + b.image * p.channels * p.height * p.width;
     if (p.layout == Layout::nhwc) {
       T* const to = image + begin * p.width * p.channels + channel;
-      return rows_of_input(begin, end, q, channel, channels, to, p.channels, false);
+      return rows_of_input(b, begin, end, q, channel, channels, to, p.channels, false);
     }
     T* const rows = scratch + s.output;
     for (int64_t row = begin; row < end; row += s.output_rows) {
       const int64_t stop = smaller(end, row + s.output_rows);
-      rows_of_input(row, stop, q, channel, channels, rows, panel, true);
+      rows_of_input(b, row, stop, q, channel, channels, rows, panel, true);
       transpose<V>(rows, (stop - row) * p.width, channels, panel, image + channel * p.height * p.width + row * p.width,
                    p.height * p.width);
     }
   }
 
-  void rows_of_input(int64_t begin, int64_t end, int64_t q, int64_t channel, int64_t channels, T* to, int64_t to_stride,
-                     bool whole_vectors) const {
+  void rows_of_input(const Band& b, int64_t begin, int64_t end, int64_t q, int64_t channel, int64_t channels, T* to,
+                     int64_t to_stride, bool whole_vectors) const {
     InputGradient<T> g = {};
     g.window.height = plan.out_height;
     g.window.width = plan.out_width;
-    g.window.row_stride = plan.out_width * panel;
-    g.window.pixel_stride = panel;
+    g.window.pixel_stride = in_place ? p.channels : panel;
+    g.window.row_stride = plan.out_width * g.window.pixel_stride;
     g.window.channels = channels;
     g.taps_h = ReversedTaps(p.kernel_h, p.stride_h, p.dilation_h);
     g.taps_w = ReversedTaps(p.kernel_w, p.stride_w, p.dilation_w);
@@ -410,7 +450,7 @@ struct Backward {
     g.output_stride = to_stride;
     g.whole_vectors = whole_vectors;
     for (int64_t filter = 0; filter < p.multiplier; ++filter) {
-      g.window.plane = ring(q, filter, 0);
+      g.window.plane = in_place ? given(b, 0, channel) : ring(q, filter, 0);
       g.weight = packed<T>(plan, layout.reversed) + filter * p.kernel_h * p.kernel_w * layout.padded_channels + channel;
       g.add = filter > 0;
       input_gradient<V, Run>(g);

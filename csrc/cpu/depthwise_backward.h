@@ -73,7 +73,7 @@ FASTSEP_NOINLINE void weight_gradient_rows(const WeightGradient<typename V::T>& 
              channel;
     const auto border = [&](int64_t begin, int64_t end) {
       for (int64_t ox = begin; ox < end; ++ox, gradient += g.gradient_stride) {
-        const Reg dt = V::load(gradient);
+        const Reg dt = V::load_n(gradient, lanes);
         FASTSEP_UNROLL
         for (int j = 0; j < Taps; ++j) {
           const int64_t column = left + ox * g.stride_w + j * g.dilation_w;
@@ -89,7 +89,7 @@ FASTSEP_NOINLINE void weight_gradient_rows(const WeightGradient<typename V::T>& 
     FASTSEP_UNROLL
     for (int i = 0; i < TapRows; ++i) inner[i] = x[i] + columns.begin * step;
     for (int64_t ox = columns.begin; ox < columns.end; ++ox, gradient += g.gradient_stride) {
-      const Reg dt = V::in_register(V::load(gradient));
+      const Reg dt = V::in_register(V::load_n(gradient, lanes));
       FASTSEP_UNROLL
       for (int i = 0; i < TapRows; ++i) {
         FASTSEP_UNROLL

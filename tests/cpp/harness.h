@@ -1,6 +1,7 @@
 // What the tests of both directions share: the kernels, the count of checks, numbers in guarded memory.
 #pragma once
 
+#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
@@ -49,6 +50,13 @@ class Numbers {
   Tight tight_;
   std::mt19937 random_{20240607};
 };
+
+// A workspace between guard pages, full of NaN: what a kernel does not write there it may not read.
+inline Guarded spoilt_workspace(size_t bytes, Tight tight) {
+  Guarded memory(bytes, tight, 64);
+  std::memset(memory.as(), 0xff, bytes);
+  return memory;
+}
 
 // All checks of one kernel on one case, in its own dtype and the problem's layout; small integers or reals.
 void test_forward(const fastsep::Kernel& kernel, const Case& c, const fastsep::Problem& p, bool integers, Tight tight);

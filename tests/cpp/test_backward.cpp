@@ -67,7 +67,7 @@ struct Run {
     const Executor executor = current_executor();
     size_t bytes = 0;
     if (backward_workspace_bytes(p, kernel.isa, executor.threads, gradients, &bytes) != Status::ok) return false;
-    const Guarded workspace(bytes, Tight::end, 64);
+    const Guarded workspace = spoilt_workspace(bytes, tight);
     return backward(p, kernel.isa, input, weights, saved, grad_output, gradients, workspace.as(), bytes, executor) ==
            Status::ok;
   }

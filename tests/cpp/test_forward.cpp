@@ -34,7 +34,7 @@ struct Run {
     const Executor executor = current_executor();
     size_t bytes = 0;
     if (workspace_bytes(p, kernel.isa, executor.threads, packed == nullptr, &bytes) != Status::ok) return false;
-    const Guarded workspace(bytes, Tight::end, 64);
+    const Guarded workspace = spoilt_workspace(bytes, tight);
     const Status status =
         packed == nullptr ? forward_unpacked(p, kernel.isa, input, weights, output, workspace.as(), bytes, executor)
                           : forward(p, kernel.isa, input, packed, packed_size, output, workspace.as(), bytes, executor);

@@ -63,7 +63,7 @@ void test(const Kernel& kernel, int64_t batch, int64_t size) {
     results.push_back(numbers.unwritten(result_of(call.problem)));
     size_t bytes = 0;
     expect(workspace_bytes(call.problem, kernel.isa, 1, false, &bytes) == Status::ok, kernel, c, call.problem, "bytes");
-    const Guarded workspace(bytes, Tight::end, 64);
+    const Guarded workspace = spoilt_workspace(bytes, Tight::end);
     expect(forward(call.problem, kernel.isa, from, call.packed, call.packed_size, results.back().as(), workspace.as(),
                    bytes, current_executor()) == Status::ok,
            kernel, c, call.problem, "forward");
@@ -77,7 +77,7 @@ void test(const Kernel& kernel, int64_t batch, int64_t size) {
       set_num_threads(threads);
       size_t bytes = 0;
       expect(part.workspace_bytes(kernel.isa, threads, &bytes) == Status::ok, kernel, c, last, "workspace_bytes");
-      const Guarded workspace(bytes, Tight::end, 64), output = numbers.unwritten(result_of(last));
+      const Guarded workspace = spoilt_workspace(bytes, Tight::end), output = numbers.unwritten(result_of(last));
       expect(part.run(kernel.isa, input.as(), output.as(), workspace.as(), bytes, current_executor()) == Status::ok,
              kernel, c, last, "run");
       expect(std::memcmp(output.as(), results[count - 1].as(), output_bytes(last)) == 0, kernel, c, last,
