@@ -300,19 +300,30 @@ FASTSEP_NOINLINE void channels_last_two_rows(const ChannelsLastRun<typename V::T
   channels_last_depthwise<V, Run>(rest);
 }
 
+// The rows of taps inside the plane: top + r * dilation_h from 0 to height - 1.
+struct TapRows {
+  int64_t first, count;
+};
+
+template <class T>
+TapRows tap_rows_inside(const ChannelsLastRow<T>& row) {
+  const int64_t first = row.top < 0 ? smaller((-row.top + row.dilation_h - 1) / row.dilation_h, row.taps_h) : 0;
+  const int64_t below = row.height - row.top;
+  const int64_t last = below <= 0 ? first : smaller(row.taps_h, (below + row.dilation_h - 1) / row.dilation_h);
+  return {first, larger<int64_t>(0, last - first)};
+}
+
 // A row whose taps are neighbours, or whose pixels do not share any. With an output_row_stride also the row below,
 // where all taps of both are inside the plane from top to bottom.
 template <class V, int Run>
 void channels_last_pieces(const ChannelsLastRow<typename V::T>& row, int64_t output_row_stride = 0) {
-  // The taps inside the plane: top + r * dilation_h from 0 to height - 1.
-  const int64_t first = row.top < 0 ? smaller((-row.top + row.dilation_h - 1) / row.dilation_h, row.taps_h) : 0;
-  const int64_t below = row.height - row.top;
-  const int64_t last = below <= 0 ? first : smaller(row.taps_h, (below + row.dilation_h - 1) / row.dilation_h);
+  const TapRows inside = tap_rows_inside(row);
+  const int64_t first = inside.first;
   ChannelsLastRun<typename V::T> run;
   run.input_row_stride = row.dilation_h * row.row_stride;
   run.input_stride = row.pixel_stride;
   run.channels = row.channels;
-  run.taps_h = larger<int64_t>(0, last - first);
+  run.taps_h = inside.count;
   run.taps_w = row.taps_w;
   run.stride_w = row.stride_w;
   run.dilation_w = row.dilation_w;
@@ -336,12 +347,12 @@ void channels_last_pieces(const ChannelsLastRow<typename V::T>& row, int64_t out
     run.output = row.output + from * row.output_stride;
     if constexpr (V::large_depthwise_tiles) {
       if (output_row_stride != 0) {
-        const bool inside = run.column_begin == 0 && run.column_end == needed;
-        if (inside && run.pixels == Run) {
+        const bool whole = run.column_begin == 0 && run.column_end == needed;
+        if (whole && run.pixels == Run) {
           channels_last_two_rows<V, Run>(run, output_row_stride);
           continue;
         }
-        if (inside && run.pixels == Run - 1) {
+        if (whole && run.pixels == Run - 1) {
           channels_last_two_rows<V, Run - 1>(run, output_row_stride);
           continue;
         }

@@ -7,7 +7,7 @@
 // cache set, as rows of 4 * C bytes would for C a power of two.
 #pragma once
 
-#include "depthwise.h"
+#include "depthwise_placed.h"
 #include "kernel.h"
 #include "pointwise.h"
 
@@ -25,6 +25,7 @@ struct ForwardChannelsLast {
   struct Groups {
     int64_t runs, run_pixels, per_run;
     int64_t begin(int64_t group) const { return cut(run_pixels, per_run, group); }
+    int64_t pixels() const { return runs * run_pixels; }
   };
 
   static Groups groups_of(const ForwardPlan& plan, int64_t rows, int64_t columns) {
@@ -52,16 +53,53 @@ struct ForwardChannelsLast {
     return row;
   }
 
+  // Where the pixels of a tile stand in its groups.
+  static void place_pixels(const ForwardPlan& plan, const Groups& groups, int64_t* place) {
+    const int64_t elements = group_elements(plan);
+    for (int64_t g = 0; g < groups.runs * groups.per_run; ++g) {
+      const int64_t begin = groups.begin(g % groups.per_run), end = groups.begin(g % groups.per_run + 1);
+      for (int64_t pixel = begin; pixel < end; ++pixel) *place++ = g * elements + (pixel - begin) * V::width;
+    }
+  }
+
   // One filter of each channel that `base` describes, for all pixels of the tile; `out` is the first group's place of
-  // these channels.
+  // these channels, `place` what place_pixels() says. before(oy) is called before output row oy is computed.
+  template <class Before>
   static void depthwise_tile(const ForwardPlan& plan, const Tile& tile, const Groups& groups,
-                             const ChannelsLastRow<T>& base, T* out) {
+                             const ChannelsLastRow<T>& base, const int64_t* place, T* out, const Before& before) {
     const Problem& p = plan.problem;
-    const int64_t columns = tile.column_end - tile.column_begin, elements = group_elements(plan);
+    const int64_t columns = tile.column_end - tile.column_begin;
     ChannelsLastRow<T> row = base;
-    row.output_stride = V::width;
     row.output_vector_stride = Rows * V::width;
     row.whole_vectors = true;
+    row.left = tile.column_begin * p.stride_w - p.pad_left;
+    row.pixels = columns;
+    if (takes_placed_rows<V>(row) &&
+        all_finite<V>(row.weight, row.channels, p.kernel_h * p.kernel_w, row.weight_stride)) {
+      row.output = out;
+      for (int64_t r = tile.row_begin; r < tile.row_end; ++r, place += columns) {
+        before(r);
+        row.top = r * p.stride_h - p.pad_top;
+        placed_rows<V>(row, place);
+      }
+      const int64_t done = row.channels / V::width * V::width;
+      if (done == row.channels) return;
+      row.plane += done;
+      row.channels -= done;
+      row.weight += done;
+      row.start += done;
+      out += done * Rows;
+    }
+    before(tile.row_end - 1);
+    depthwise_groups(plan, tile, groups, row, out);
+  }
+
+  // The same group by group.
+  static void depthwise_groups(const ForwardPlan& plan, const Tile& tile, const Groups& groups, ChannelsLastRow<T> row,
+                               T* out) {
+    const Problem& p = plan.problem;
+    const int64_t columns = tile.column_end - tile.column_begin, elements = group_elements(plan);
+    row.output_stride = V::width;
     const int64_t below = groups.per_run * elements;  // from a group to that of the row below
     int64_t rows;
     for (int64_t r = 0; r < groups.runs; r += rows, out += (rows - 1) * below) {
@@ -119,9 +157,11 @@ struct ForwardChannelsLast {
     const Problem& p = plan.problem;
     if (p.out_channels == 0) return run_depthwise(plan, tile, scratch);
     const Groups groups = groups_of(plan, tile.row_end - tile.row_begin, tile.column_end - tile.column_begin);
+    int64_t* const place = places_of(plan, groups, scratch);
+    place_pixels(plan, groups, place);
     for (int64_t filter = 0; filter < p.multiplier; ++filter)
-      depthwise_tile(plan, tile, groups, row_of(plan, tile.image, filter),
-                     scratch + filter * plan.layout.padded_channels * Rows);
+      depthwise_tile(plan, tile, groups, row_of(plan, tile.image, filter), place,
+                     scratch + filter * plan.layout.padded_channels * Rows, [](int64_t) {});
     pointwise_tile(plan, tile, groups, scratch);
   }
 
@@ -178,10 +218,16 @@ struct ForwardChannelsLast {
     }
   }
 
+  // The table of place_pixels(), behind the groups.
+  static int64_t* places_of(const ForwardPlan& plan, const Groups& groups, T* scratch) {
+    return reinterpret_cast<int64_t*>(scratch + groups.runs * groups.per_run * group_elements(plan));
+  }
+
   static int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
     if (plan.problem.out_channels == 0) return columns * plan.problem.channels * int64_t(sizeof(T));
     const Groups groups = groups_of(plan, rows, columns);
-    return groups.runs * groups.per_run * group_elements(plan) * int64_t(sizeof(T));
+    return groups.runs * groups.per_run * group_elements(plan) * int64_t(sizeof(T)) +
+           groups.pixels() * int64_t(sizeof(int64_t));
   }
 };
 

@@ -91,14 +91,14 @@ struct ForwardExpanded {
     const auto groups = Plain::groups_of(plan, band.row_end - band.row_begin, plan.out_width);
     const int64_t row_elements = p.width * panel;
     T* const buffer = scratch + layout.buffer;
+    int64_t* const place = Plain::places_of(plan, groups, scratch + layout.groups);
+    Plain::place_pixels(plan, groups, place);
     const T* const input = input_of(plan, band.image, {kept.end, seen.end}, layout, scratch + layout.input);
     for (int64_t q = 0; q < plan.layout.expand_panels; ++q) {
       const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
       T* const keep = scratch + layout.kept + q * layout.kept_rows * row_elements;
       memcpy(buffer, keep, static_cast<size_t>((kept.end - kept.begin) * row_elements) * sizeof(T));
-      expand(plan, q, channels, seen.end - kept.end, layout, input, buffer + (kept.end - seen.begin) * row_elements);
-      memcpy(keep, buffer + (next.begin - seen.begin) * row_elements,
-             static_cast<size_t>((next.end - next.begin) * row_elements) * sizeof(T));
+      Panel e(plan, q, channels, layout, input, kept.end, buffer + (kept.end - seen.begin) * row_elements);
 
       ChannelsLastRow<T> row(window_of<T>(p, buffer - seen.begin * row_elements, row_elements, panel, channels));
       row.weight = packed<T>(plan, plan.layout.depthwise_channels_last) + channel;
@@ -106,7 +106,11 @@ struct ForwardExpanded {
       row.start = packed<T>(plan, plan.layout.depthwise_bias) + channel;
       row.start_stride = 0;
       row.clamp = clamp_of<T>(p.mid_activation);
-      Plain::depthwise_tile(plan, band, groups, row, scratch + layout.groups + channel * Rows);
+      Plain::depthwise_tile(plan, band, groups, row, place, scratch + layout.groups + channel * Rows,
+                            [&](int64_t oy) { e.make(seen_by(p, oy, oy + 1).end, seen.end); });
+      e.make(seen.end, seen.end);
+      memcpy(keep, buffer + (next.begin - seen.begin) * row_elements,
+             static_cast<size_t>((next.end - next.begin) * row_elements) * sizeof(T));
     }
     Plain::pointwise_tile(plan, band, groups, scratch + layout.groups);
   }
@@ -203,42 +207,64 @@ struct ForwardExpanded {
     }
   }
 
-  // One panel of e for some rows.
-  static void expand(const ForwardPlan& plan, int64_t q, int64_t channels, int64_t rows, const Layout& layout,
-                     const T* input, T* e) {
-    const Problem& p = plan.problem;
-    const int64_t pixels = rows * p.width, registers = (channels + V::width - 1) / V::width;
+  // One panel of e, made row after row as the depthwise half asks for it, so that it finds the rows in the first cache.
+  struct Panel {
+    const ForwardPlan& plan;
+    const Layout& layout;
+    const T* const input;
+    T* const e;  // rows first_row and on
+    const int64_t first_row, channels;
+    int64_t made = 0;  // pixels of e
     Product<T> product = {};
-    product.groups = 1;
-    product.depth = expansion_depth(p);
-    product.block_depth = V::width;
-    product.a_block_stride = block;
-    product.a_stride = 1;
-    product.b = packed<T>(plan, plan.layout.expand) + q * expansion_depth(p) * panel;
-    product.b_stride = panel;
-    product.start = packed<T>(plan, plan.layout.expand_bias) + q * panel;
-    product.clamp = clamp_of<T>(p.expand.activation);
-    product.c_stride = product.column_count = panel;
-    if (layout.by_rows) {
-      product.groups = p.expand.kernel_h;
-      product.depth = product.block_depth = p.expand.kernel_w * p.expand.channels;
-      product.a_block_stride = layout.row_length;
-      const int64_t tiles = (p.width + Rows - 1) / Rows;
-      for (int64_t i = 0; i < rows * tiles; ++i) {
-        const int64_t row = i / tiles, begin = cut(p.width, tiles, i % tiles), end = cut(p.width, tiles, i % tiles + 1);
-        product.a = input + row * p.expand.stride_h * layout.row_length + begin * image_stride;
-        product.c = e + (row * p.width + begin) * panel;
-        multiply<V, Rows, Columns, image_stride>(product, end - begin, registers);
-      }
-    } else {
-      for (int64_t first = 0; first < pixels; first += Rows) {
-        product.a = input + first / Rows * layout.blocks * block;
-        product.c = e + first * panel;
-        multiply<V, Rows, Columns, V::width>(product, smaller<int64_t>(Rows, pixels - first), registers);
+
+    Panel(const ForwardPlan& plan_, int64_t q, int64_t channels_, const Layout& layout_, const T* input_,
+          int64_t first_row_, T* e_)
+        : plan(plan_), layout(layout_), input(input_), e(e_), first_row(first_row_), channels(channels_) {
+      const Problem& p = plan.problem;
+      product.groups = 1;
+      product.depth = expansion_depth(p);
+      product.block_depth = V::width;
+      product.a_block_stride = block;
+      product.a_stride = 1;
+      product.b = packed<T>(plan, plan.layout.expand) + q * expansion_depth(p) * panel;
+      product.b_stride = panel;
+      product.start = packed<T>(plan, plan.layout.expand_bias) + q * panel;
+      product.clamp = clamp_of<T>(p.expand.activation);
+      product.c_stride = product.column_count = panel;
+      if (layout.by_rows) {
+        product.groups = p.expand.kernel_h;
+        product.depth = product.block_depth = p.expand.kernel_w * p.expand.channels;
+        product.a_block_stride = layout.row_length;
       }
     }
-    if (!is_clamp(p.expand.activation)) activate<V>(p.expand.activation, e, pixels * panel);
-  }
+
+    // Makes the rows before `end` that are not there yet, of `rows_end` in all.
+    void make(int64_t end, int64_t rows_end) {
+      const Problem& p = plan.problem;
+      const int64_t registers = (channels + V::width - 1) / V::width, begin = made;
+      const int64_t wanted = (end - first_row) * p.width, all = (rows_end - first_row) * p.width;
+      if (layout.by_rows) {
+        const int64_t tiles = (p.width + Rows - 1) / Rows;
+        for (; made < wanted; made += p.width) {
+          product.a = input + made / p.width * p.expand.stride_h * layout.row_length;
+          product.c = e + made * panel;
+          for (int64_t i = 0; i < tiles; ++i) {
+            const int64_t pixels = cut(p.width, tiles, i + 1) - cut(p.width, tiles, i);
+            multiply<V, Rows, Columns, image_stride>(product, pixels, registers);
+            product.a += pixels * image_stride;
+            product.c += pixels * panel;
+          }
+        }
+      } else {
+        for (; made < wanted; made = smaller(all, made + Rows)) {
+          product.a = input + made / Rows * layout.blocks * block;
+          product.c = e + made * panel;
+          multiply<V, Rows, Columns, V::width>(product, smaller<int64_t>(Rows, all - made), registers);
+        }
+      }
+      if (!is_clamp(p.expand.activation)) activate<V>(p.expand.activation, e + begin * panel, (made - begin) * panel);
+    }
+  };
 };
 
 }  // namespace

@@ -10,6 +10,7 @@
 
 #include <string.h>
 
+#include "depthwise_placed.h"
 #include "depthwise_planar.h"
 #include "kernel.h"
 #include "pointwise.h"
@@ -115,13 +116,6 @@ struct ForwardPlanar {
     }
   }
 
-  // Whether zeros times these weights are zeros.
-  static bool all_finite(const T* weight, int64_t count) {
-    T sum = 0;
-    for (int64_t i = 0; i < count; ++i) sum += weight[i] * T(0);
-    return sum == T(0);
-  }
-
   static void depthwise_tile(const ForwardPlan& plan, const Tile& tile, const Layout& layout, T* scratch) {
     const Problem& p = plan.problem;
     const int64_t rows = tile.row_end - tile.row_begin, columns = tile.column_end - tile.column_begin;
@@ -172,7 +166,7 @@ struct ForwardPlanar {
         channel.weight = packed<T>(plan, plan.layout.depthwise_planar) + i * taps;
         channel.bias = packed<T>(plan, plan.layout.depthwise_bias)[filter * plan.layout.padded_channels + c];
         T* const run = scratch + layout.runs + (p.out_channels > 0 ? i * layout.stride : 0);
-        const bool finite = all_finite(channel.weight, taps);
+        const bool finite = all_finite<V>(channel.weight, taps);
         for (int64_t phase = 0; phase < layout.row_phases; ++phase) {
           channel.rows = row_pointers + phase * layout.per_row_phase;
           channel.out_rows = (rows - phase + layout.row_phases - 1) / layout.row_phases;
