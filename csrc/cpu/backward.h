@@ -34,7 +34,7 @@ struct Backward {
     int64_t ring_rows;    // of dt that are kept
     int64_t ring_stride;  // from one filter's ring to the next
     int64_t input_rows, output_rows;
-    int64_t gradient, saved, values, arguments, ring, input, output, total;
+    int64_t gradient, saved, values, arguments, ring, input, output, places, total;
   };
 
   static Scratch scratch_of(const BackwardPlan& plan, int64_t panels) {
@@ -45,8 +45,7 @@ struct Backward {
     s.blocks = (p.out_channels + V::width - 1) / V::width;
     s.ring_rows = smaller(plan.out_height, plan.halo + plan.band_rows);
     s.ring_stride = s.ring_rows * plan.out_width * panel;
-    s.input_rows =
-        planar ? smaller(p.height, (plan.band_rows - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1) : 0;
+    s.input_rows = is_copied(plan) ? smaller(p.height, (plan.band_rows - 1) * p.stride_h + reach(p)) : 0;
     s.output_rows = planar ? smaller(p.height, 1 + 64 / p.width) : 0;
     s.gradient = 0;
     s.saved = s.gradient + (pixels + Rows - 1) / Rows * s.blocks * block;
@@ -55,7 +54,8 @@ struct Backward {
     s.ring = s.arguments + (plan.mid_from_output ? 0 : pixels * panel);
     s.input = s.ring + (plan.need_inner && !is_in_place(plan) ? panels * p.multiplier * s.ring_stride : 0);
     s.output = s.input + s.input_rows * p.width * panel;
-    s.total = s.output + s.output_rows * p.width * panel;
+    s.places = round_up(s.output + s.output_rows * p.width * panel, V::width);
+    s.total = s.places + (plan.out_width + p.width) * int64_t(sizeof(int64_t) / sizeof(T));
     return s;
   }
 
@@ -65,6 +65,14 @@ struct Backward {
     return p.out_channels == 0 && p.layout == Layout::nhwc && p.multiplier == 1 &&
            p.mid_activation == Activation::identity;
   }
+
+  // Whether a panel of x is copied for a band: transposed, or out of pixels of more channels, which a power of two of
+  // them puts into few sets of the first cache.
+  static bool is_copied(const BackwardPlan& plan) {
+    return plan.problem.layout == Layout::nchw || (plan.problem.channels > panel && !is_in_place(plan));
+  }
+  // Rows of x that one row of t sees.
+  static int64_t reach(const Problem& p) { return (p.kernel_h - 1) * p.dilation_h + 1; }
 
   static int64_t scratch_bytes(const BackwardPlan& plan, int64_t panels) {
     return scratch_of(plan, panels).total * int64_t(sizeof(T));
@@ -84,7 +92,8 @@ struct Backward {
   const Scratch s;
   const bool in_place;
   T* const scratch;
-  int64_t ring_begin = 0, ring_end = 0;  // rows of dt that the rings hold
+  int64_t *const value_places, *const input_places;  // of the pixels of a row of t, and of one of dx
+  int64_t ring_begin = 0, ring_end = 0;              // rows of dt that the rings hold
 
   Backward(const BackwardPlan& plan_, const BackwardWork& work_, T* scratch_)
       : plan(plan_),
@@ -93,7 +102,12 @@ struct Backward {
         work(work_),
         s(scratch_of(plan_, work_.panel_end - work_.panel_begin)),
         in_place(is_in_place(plan_)),
-        scratch(scratch_) {}
+        scratch(scratch_),
+        value_places(reinterpret_cast<int64_t*>(scratch_ + s.places)),
+        input_places(value_places + plan_.out_width) {
+    for (int64_t i = 0; i < plan.out_width; ++i) value_places[i] = i * panel;
+    for (int64_t i = 0; i < p.width; ++i) input_places[i] = i * (p.layout == Layout::nhwc ? p.channels : panel);
+  }
 
   void run() {
     const int64_t rows = p.batch * plan.out_height;
@@ -294,16 +308,24 @@ struct Backward {
   // A panel of channels of x. Only the rows that the band's taps touch are there.
   Window<T> input_of(const Band& b, int64_t channel, int64_t channels) const {
     const T* image = static_cast<const T*>(plan.input) + b.image * p.channels * p.height * p.width;
-    if (p.layout == Layout::nhwc) return window_of(p, image + channel, p.width * p.channels, p.channels, channels);
+    if (!is_copied(plan)) return window_of(p, image + channel, p.width * p.channels, p.channels, channels);
     const int64_t top = b.begin * p.stride_h - p.pad_top;
     const int64_t begin = smaller(p.height, larger<int64_t>(0, top));
-    const int64_t bottom = top + (b.end - b.begin - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1;
-    const int64_t end = larger(begin, smaller(p.height, bottom));
+    const int64_t bottom = top + (b.end - b.begin - 1) * p.stride_h + reach(p);
+    const int64_t end = larger(begin, smaller(p.height, bottom)), pixels = (end - begin) * p.width;
     T* const copy = scratch + s.input;
-    if (end > begin)
-      transpose<V>(image + channel * p.height * p.width + begin * p.width, channels, (end - begin) * p.width,
-                   p.height * p.width, copy, panel);
+    if (p.layout == Layout::nhwc)
+      copy_panel(image + begin * p.width * p.channels + channel, pixels, channels, copy);
+    else if (pixels > 0)
+      transpose<V>(image + (channel * p.height + begin) * p.width, channels, pixels, p.height * p.width, copy, panel);
     return window_of<T>(p, copy - begin * p.width * panel, p.width * panel, panel, channels);
+  }
+
+  // Some channels of neighbouring pixels of x, in whole vectors.
+  void copy_panel(const T* from, int64_t pixels, int64_t channels, T* to) const {
+    for (int64_t i = 0; i < pixels; ++i, from += p.channels, to += panel)
+      for (int64_t c = 0; c < channels; c += V::width)
+        V::store(to + c, V::load_n(from + c, static_cast<int>(smaller<int64_t>(V::width, channels - c))));
   }
 
   // t and u of one filter.
@@ -322,10 +344,11 @@ struct Backward {
     row.output_stride = panel;
     row.output_vector_stride = V::width;
     row.whole_vectors = true;
+    const bool finite = all_finite<V>(row.weight, x.channels, p.kernel_h * p.kernel_w, row.weight_stride);
     for (int64_t oy = b.begin; oy < b.end; ++oy) {
       row.top = oy * p.stride_h - p.pad_top;
       row.output = arguments + (oy - b.begin) * plan.out_width * panel;
-      channels_last_row<V, Run>(row);
+      placed_or_plain_row<V, Run>(row, value_places, finite);
     }
     if (is_clamp(p.mid_activation) || !(need_values || plan.mid_from_output)) return;
     const int64_t pixels = (b.end - b.begin) * plan.out_width;
@@ -336,8 +359,8 @@ struct Backward {
 
   // dy as it lies, from a row and channel on. For is_in_place().
   const T* given(const Band& b, int64_t row, int64_t channel) const {
-    return static_cast<const T*>(plan.grad_output) +
-           (b.image * plan.out_height + row) * plan.out_width * p.channels + channel;
+    return static_cast<const T*>(plan.grad_output) + (b.image * plan.out_height + row) * plan.out_width * p.channels +
+           channel;
   }
 
   // dy of the depthwise half alone, one filter.
@@ -351,8 +374,7 @@ struct Backward {
     const T* from = image + pixel * depth + first;
     for (int64_t i = 0; i < pixels; ++i, from += depth, to += panel) {
       if (p.multiplier == 1)
-        for (int64_t c = 0; c < channels; c += V::width)
-          V::store(to + c, V::load_n(from + c, static_cast<int>(smaller<int64_t>(V::width, channels - c))));
+        copy_panel(from, 1, channels, to);
       else
         for (int64_t c = 0; c < channels; ++c) to[c] = from[c * p.multiplier];
     }
@@ -444,6 +466,7 @@ struct Backward {
     g.row_end = end;
     g.columns = p.width;
     g.weight_stride = layout.padded_channels;
+    g.place = input_places;
     g.zeros = packed<T>(plan, layout.zeros);
     g.output = to;
     g.output_row_stride = p.width * to_stride;
@@ -453,6 +476,7 @@ struct Backward {
       g.window.plane = in_place ? given(b, 0, channel) : ring(q, filter, 0);
       g.weight = packed<T>(plan, layout.reversed) + filter * p.kernel_h * p.kernel_w * layout.padded_channels + channel;
       g.add = filter > 0;
+      g.finite = all_finite<V>(g.weight, channels, p.kernel_h * p.kernel_w, g.weight_stride);
       input_gradient<V, Run>(g);
     }
   }

@@ -8,7 +8,7 @@
 // Pixels are added in the order of the plane, so the sums do not depend on how a plane is cut into bands.
 #pragma once
 
-#include "depthwise.h"
+#include "depthwise_placed.h"
 #include "kernel.h"
 
 namespace fastsep {
@@ -173,9 +173,11 @@ struct InputGradient {
   int64_t row_begin, row_end, columns;  // of dx
   const T* weight;                      // [taps in the order of the classes][weight_stride]
   int64_t weight_stride;
-  const T* zeros;  // a panel of them
-  bool add;        // to what `output` has
-  T* output;       // dx, rows row_begin and on
+  bool finite;           // the weights
+  const int64_t* place;  // [columns]: p * output_stride
+  const T* zeros;        // a panel of them
+  bool add;              // to what `output` has
+  T* output;             // dx, rows row_begin and on
   int64_t output_row_stride, output_stride;
   bool whole_vectors;
 };
@@ -206,7 +208,7 @@ void input_gradient(const InputGradient<typename V::T>& g) {
       row.output = g.output + (iy - g.row_begin) * g.output_row_stride + phase * g.output_stride;
       row.start = g.add ? row.output : g.zeros;
       row.start_stride = g.add ? row.output_stride : 0;
-      channels_last_row<V, Run>(row);
+      placed_or_plain_row<V, Run>(row, g.place, g.finite && g.taps_w.stride == 1);
     }
   }
 }

@@ -92,7 +92,7 @@ void partition(const Kernel& kernel, int threads, ForwardPlan* plan) {
     partition_plain(kernel, threads, plan);
   plan->scratch_bytes = kernel.scratch_bytes(*plan, divide_up(plan->out_height, plan->row_tiles),
                                              divide_up(plan->out_width, plan->column_tiles));
-  plan->scratch_bytes = divide_up(plan->scratch_bytes, 64) * 64;
+  plan->scratch_bytes = whole_cache_lines(plan->scratch_bytes);
 }
 
 ForwardPlan make_plan(const Problem& problem, const Kernel& kernel, int threads) {

@@ -5,6 +5,9 @@
 
 namespace fastsep {
 
+// Rounded up, so that what follows begins with a line.
+inline int64_t whole_cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 PackedLayout packed_layout(const Problem& problem, const Kernel& kernel);
 
 // In bytes, multiples of 64. Packed weights begin with a header that says what they were made for.

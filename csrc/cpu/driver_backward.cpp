@@ -1,4 +1,5 @@
 // The backward pass of a problem, cut into units for any number of threads.
+#include <algorithm>
 #include <cstring>
 
 #include "driver.h"
@@ -93,6 +94,9 @@ BackwardPlan make_plan(const Problem& p, const Kernel& kernel, const Gradients& 
   const int64_t parts = divide_up(most_units, panels);
   const int64_t worthwhile = most(1, rows * plan.out_width / least_part_pixels);
   plan.parts = most(1, least(parts, least(worthwhile, divide_up(rows, plan.band_rows))));
+  // The gradient of the depthwise half alone, channels-last: panels of a few rows in turn, so that whole pixels are
+  // read.
+  if (p.out_channels == 0 && p.layout == Layout::nhwc) plan.band_rows = least(plan.band_rows, 2);
   const bool pointwise = p.out_channels > 0 && gradients.pointwise_weight != nullptr;
   // Rows of the gradient itself are far apart, so to come back to them many times costs more than to copy the sums.
   plan.direct = pointwise && plan.parts == 1 && rows > 0 && rows <= 2 * plan.band_rows && p.multiplier == 1 &&
@@ -185,7 +189,7 @@ Sizes sizes_of(const BackwardPlan& plan, const Kernel& kernel, const Grid& grid)
   const int64_t size = element_size(plan.problem.dtype);
   const int64_t panels = divide_up(plan.layout.panels, grid.panel_slots);
   return {plan.layout.elements * size, plan.parts * plan.layout.sums_elements * size,
-          divide_up(kernel.backward_scratch_bytes(plan, panels), 64) * 64};
+          whole_cache_lines(kernel.backward_scratch_bytes(plan, panels))};
 }
 
 struct Job {
@@ -214,22 +218,85 @@ void finish_panel(void* context, int64_t index) {
   job.kernel->finish_pointwise(*job.plan, k, least(job.plan->problem.out_channels, k + output_chunk));
 }
 
+// The depthwise convolution of dy that gives dx, where there is one: without a stride that of the reversed filter.
+bool is_convolution(const Problem& p, const Gradients& gradients, Problem* convolution) {
+  if (gradients.input == nullptr || p.out_channels > 0 || p.multiplier > 1 || p.stride_h > 1 || p.stride_w > 1 ||
+      p.mid_activation != Activation::identity)
+    return false;
+  const int64_t reach_h = (p.kernel_h - 1) * p.dilation_h, reach_w = (p.kernel_w - 1) * p.dilation_w;
+  *convolution = p;
+  convolution->height = out_height(p);
+  convolution->width = out_width(p);
+  convolution->pad_top = reach_h - p.pad_top;
+  convolution->pad_bottom = reach_h - p.pad_bottom;
+  convolution->pad_left = reach_w - p.pad_left;
+  convolution->pad_right = reach_w - p.pad_right;
+  return least(least(convolution->pad_top, convolution->pad_bottom),
+               least(convolution->pad_left, convolution->pad_right)) >= 0;
+}
+
+int64_t depthwise_bytes(const Problem& p) {
+  return whole_cache_lines(p.channels * p.kernel_h * p.kernel_w * element_size(p.dtype));
+}
+
+template <class T>
+void reverse(const Problem& p, const void* weight, void* reversed) {
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  for (int64_t c = 0; c < p.channels; ++c)
+    std::reverse_copy(static_cast<const T*>(weight) + c * taps, static_cast<const T*>(weight) + (c + 1) * taps,
+                      static_cast<T*>(reversed) + c * taps);
+}
+
+void run_convolution(const Problem& p, const Kernel& kernel, const Weights& weights, const void* grad_output,
+                     void* grad_input, char* memory, const Executor& executor) {
+  char* const packed = memory + depthwise_bytes(p);
+  Weights reversed = {memory, nullptr, nullptr, nullptr};
+  if (p.dtype == Dtype::f32)
+    reverse<float>(p, weights.depthwise_weight, memory);
+  else
+    reverse<double>(p, weights.depthwise_weight, memory);
+  pack_weights(p, kernel, reversed, packed, executor);
+  run_forward(p, kernel, grad_output, packed, grad_input, packed + packed_size(p, kernel), executor);
+}
+
+bool any(const Gradients& gradients) {
+  return gradients.input != nullptr || gradients.depthwise_weight != nullptr || gradients.depthwise_bias != nullptr ||
+         gradients.pointwise_weight != nullptr || gradients.bias != nullptr;
+}
+
 }  // namespace
 
 size_t backward_size(const Problem& problem, const Kernel& kernel, const Gradients& gradients, int threads) {
-  const BackwardPlan plan = make_plan(problem, kernel, gradients);
+  Problem convolution;
+  size_t before = 0;
+  Gradients rest = gradients;
+  if (is_convolution(problem, gradients, &convolution)) {
+    before = static_cast<size_t>(depthwise_bytes(convolution)) + packed_size(convolution, kernel) +
+             scratch_size(convolution, kernel, threads);
+    rest.input = nullptr;
+    if (!any(rest)) return before;
+  }
+  const BackwardPlan plan = make_plan(problem, kernel, rest);
   const Grid grid = grid_of(plan, threads);
   const Sizes sizes = sizes_of(plan, kernel, grid);
-  return static_cast<size_t>(sizes.packed + sizes.sums + grid.part_slots * grid.panel_slots * sizes.scratch);
+  return std::max(before,
+                  static_cast<size_t>(sizes.packed + sizes.sums + grid.part_slots * grid.panel_slots * sizes.scratch));
 }
 
 void run_backward(const Problem& problem, const Kernel& kernel, const void* input, const Weights& weights,
                   const void* saved, const void* grad_output, const Gradients& gradients, void* workspace,
                   const Executor& executor) {
-  BackwardPlan plan = make_plan(problem, kernel, gradients);
+  char* const memory = static_cast<char*>(workspace);
+  Problem convolution;
+  Gradients rest = gradients;
+  if (is_convolution(problem, gradients, &convolution)) {
+    run_convolution(convolution, kernel, weights, grad_output, gradients.input, memory, executor);
+    rest.input = nullptr;
+    if (!any(rest)) return;
+  }
+  BackwardPlan plan = make_plan(problem, kernel, rest);
   const Grid grid = grid_of(plan, executor.threads);
   const Sizes sizes = sizes_of(plan, kernel, grid);
-  char* const memory = static_cast<char*>(workspace);
   plan.input = input;
   plan.saved = saved;
   plan.grad_output = grad_output;

@@ -82,13 +82,10 @@ struct ForwardChannelsLast {
         row.top = r * p.stride_h - p.pad_top;
         placed_rows<V>(row, place);
       }
-      const int64_t done = row.channels / V::width * V::width;
-      if (done == row.channels) return;
-      row.plane += done;
-      row.channels -= done;
-      row.weight += done;
-      row.start += done;
-      out += done * Rows;
+      row.output = out;
+      row = behind_whole_vectors<V>(row);
+      if (row.channels == 0) return;
+      out = row.output;
     }
     before(tile.row_end - 1);
     depthwise_groups(plan, tile, groups, row, out);
@@ -126,12 +123,17 @@ struct ForwardChannelsLast {
     const Problem& p = plan.problem;
     const int64_t columns = tile.column_end - tile.column_begin, depth = p.channels * p.multiplier;
     const int64_t below = plan.out_width * depth;
+    int64_t* const place = reinterpret_cast<int64_t*>(scratch);
+    T* const filter_row = scratch + columns * int64_t(sizeof(int64_t) / sizeof(T));
+    for (int64_t i = 0; i < columns; ++i) place[i] = i * p.channels;
+    const T* const weight = packed<T>(plan, plan.layout.depthwise_channels_last);
+    const bool finite = all_finite<V>(weight, p.multiplier * p.kernel_h * p.kernel_w * plan.layout.padded_channels);
     int64_t rows;
     for (int64_t oy = tile.row_begin; oy < tile.row_end; oy += rows) {
       rows = takes_two_rows<V>(p) && p.multiplier == 1 && oy + 1 < tile.row_end ? 2 : 1;
       T* const output = static_cast<T*>(plan.output) +
                         ((tile.image * plan.out_height + oy) * plan.out_width + tile.column_begin) * depth;
-      T* const filtered = p.multiplier == 1 ? output : scratch;
+      T* const filtered = p.multiplier == 1 ? output : filter_row;
       for (int64_t filter = 0; filter < p.multiplier; ++filter) {
         ChannelsLastRow<T> row = row_of(plan, tile.image, filter);
         row.top = oy * p.stride_h - p.pad_top;
@@ -144,7 +146,7 @@ struct ForwardChannelsLast {
         if (rows == 2)
           channels_last_rows<V, Run>(row, below);
         else
-          channels_last_row<V, Run>(row);
+          placed_or_plain_row<V, Run>(row, place, finite);
         if (p.multiplier > 1)
           for (int64_t i = 0; i < columns * p.channels; ++i) output[i * p.multiplier + filter] = filtered[i];
       }
@@ -224,7 +226,8 @@ struct ForwardChannelsLast {
   }
 
   static int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
-    if (plan.problem.out_channels == 0) return columns * plan.problem.channels * int64_t(sizeof(T));
+    if (plan.problem.out_channels == 0)
+      return columns * (plan.problem.channels * int64_t(sizeof(T)) + int64_t(sizeof(int64_t)));
     const Groups groups = groups_of(plan, rows, columns);
     return groups.runs * groups.per_run * group_elements(plan) * int64_t(sizeof(T)) +
            groups.pixels() * int64_t(sizeof(int64_t));
