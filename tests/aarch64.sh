@@ -3,7 +3,8 @@
 #
 # Into FOLDER (build/aarch64-python, kept for the next time) go Debian's arm64 Python, the aarch64 wheels of torch and
 # of what the tests need, and the wheel of this checkout, cross-compiled. Then pytest runs TESTs, by default those of
-# the layer and its operator, and some of its gradients. It fails where the kernels for NEON are not there. It needs python3.11, g++-aarch64-linux-gnu and qemu-user-static, and no root.
+# the layer and its operator, and some of its gradients. It fails where the kernels for NEON are not there. It needs
+# python3.11, g++-aarch64-linux-gnu and qemu-user-static, and no root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -51,16 +52,18 @@ CONF
   for package in "$apt"/cache/archives/*.deb; do dpkg-deb -x "$package" "$folder/root"; done
 }
 
-# What is to be installed, in which versions: those of constraints.txt, but for torch.
+# The versions of the other packages are those of constraints.txt.
+constraints() { grep -v '^torch==' constraints.txt; }
+
 wanted() {
   printf '%s\n' "${packages[@]}"
-  grep -v '^torch==' constraints.txt
+  constraints
 }
 
 install_wheels() {
   local platforms=()
   rm -rf "$folder/site"
-  wanted | grep -v '^torch==' | grep == >"$folder/constraints.txt"
+  constraints >"$folder/constraints.txt"
   for version in 2_28 2_27 2_17 2014; do platforms+=(--platform "manylinux${version/#2_/_2_}_aarch64"); done
   python3.11 -m venv "$folder/host"
   "$folder/host/bin/pip" install -q -c constraints.txt setuptools pybind11 cmake ninja
