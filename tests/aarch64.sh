@@ -17,7 +17,7 @@ if ((${#tests[@]} == 0)); then
 fi
 # The newest torch whose aarch64 wheel is for the CPU alone, and all that is needed beside it: left to itself, pip would
 # go by this machine's processor and fetch CUDA.
-packages=(torch==2.10.0 filelock fsspec jinja2 markupsafe mpmath networkx sympy typing-extensions
+packages=(torch==2.10.0 filelock fsspec jinja2 markupsafe "mpmath<1.4" networkx sympy typing-extensions
   numpy rich markdown-it-py mdurl pygments
   expecttest hypothesis sortedcontainers pytest iniconfig packaging pluggy)
 
