@@ -1,195 +1,116 @@
 """What to expect of the NEON kernels on ARM cores, where none is at hand: exact counts, and predictions.
 
-    python benchmarks/arm_analysis.py
+    python benchmarks/arm_analysis.py                       all of it
+    python benchmarks/arm_analysis.py --counts [LAYER ...]  the counts alone, without llvm-mca
+    python benchmarks/arm_analysis.py --tiles               the product with other register tiles
 
 The kernels are cross-compiled and run under qemu-user, which writes down every block of instructions that it
-executes. From that follow
+executes (arm_trace.py). From that follow
 
-* instructions per vector FMA for the 13 blocks of MobileNetV1: exact, of a whole layer at batch 1;
+* instructions per vector FMA for the blocks of MobileNetV1: exact, of a whole layer at batch 1;
 * the inner loop of each kernel and its whole calls, which llvm-mca plays on its models of several cores, with
   all data in the first-level cache. The peak is what the model does with independent FMAs of the same kind;
 * whether an inner loop touches the stack, as it would if the register tile were too large.
 
-Red is below its target. It exits with 1 where the product misses one: the depthwise tiles, whose clamps and
-copies run on the same units as their FMAs, cannot all reach theirs. It needs g++-aarch64-linux-gnu,
-qemu-user-static and llvm, best of version 19 or later: earlier ones know the Neoverse cores by name only.
+Red is below its target. It exits with 1 where the product misses one, and where a depthwise tile does worse
+than is recorded here: clamps and copies run on the same units as FMAs, so not all of those can reach theirs.
+
+It needs g++-aarch64-linux-gnu, qemu-user-static and, but for --counts, llvm, best the newest. Which model
+stands for a core is llvm-mca's choice: the table names it, and says "not modelled" where it is another's.
 """
 
-import bisect
-import itertools
+import argparse
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from collections import defaultdict
 from pathlib import Path
 
+import arm_trace
+from arm_trace import DEPTHWISE, PRODUCT, ROOT, Instruction, Path_, Run, fmas_of, is_fma
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parent.parent
-CORES = ["cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1", "neoverse-v1", "apple-m1"]
-WIDE = CORES[1:]
-PRODUCT, DEPTHWISE = "multiply_tile", ("channels_last_run", "channels_last_two_rows", "planar_rows")
+# The cores, and what begins the names of the units of the model that is to stand for each: Cortex-A57 for its
+# successors, and Cyclone, of 2013, for Apple's.
+CORES = {
+    "cortex-a53": "A53",
+    "cortex-a72": "A57",
+    "cortex-a76": "A57",
+    "neoverse-n1": "N1",
+    "neoverse-v1": "V1",
+    "apple-m1": "Cy",
+}
+WIDE = list(CORES)[1:]
 # Of the peak, in the inner loop; and instructions of the product per vector FMA, summed over the network.
 PRODUCT_TARGET, DEPTHWISE_TARGET, INSTRUCTIONS_TARGET = 0.90, 0.75, 1.35
+# What depthwise tiles reach on each of CORES, in percent of the peak, by LLVM 22 and GCC 12, less 2; and how
+# many of their inner loop's instructions use the stack, for addresses.
+FLOORS = {
+    "channels_last_run": (10, 77, 77, 36, 51, 67),
+    "channels_last_two_rows": (18, 79, 79, 47, 70, 76),
+    "planar_rows": (14, 72, 72, 37, 55, 57),
+}
+STACK = {"channels_last_two_rows": 15}
 # Whose calls are analysed: most of its pixels are away from the border.
 ANALYSED = "block3"
-
-Instruction = tuple[str, str]  # its name and operands
-Path_ = tuple[int, ...]  # addresses of the blocks that a call went through
-
-
-@dataclass
-class Run:
-    """What one layer executed."""
-
-    blocks: dict[int, list[Instruction]] = field(default_factory=dict)
-    times: Counter[int] = field(default_factory=Counter)
-    calls: dict[str, Counter[Path_]] = field(default_factory=lambda: defaultdict(Counter))
-    functions: dict[int, str] = field(default_factory=dict)  # of each block
-
-    def count(self, name: str = "") -> tuple[int, int]:
-        """Instructions and vector FMAs in the functions whose names begin like this."""
-        total = fmas = 0
-        for address, times in self.times.items():
-            if self.functions[address] and self.functions[address].startswith(name):
-                total += times * len(self.blocks[address])
-                fmas += times * fmas_of(self.blocks[address])
-        return total, fmas
-
-    def listing(self, path: Path_) -> list[Instruction]:
-        return [instruction for address in path for instruction in self.blocks[address]]
-
-
-def is_fma(instruction: Instruction) -> bool:
-    return instruction[0] in ("fmla", "fmls") and bool(re.match(r"v\d+\.(4s|2d)", instruction[1]))
-
-
-def fmas_of(listing: list[Instruction]) -> int:
-    return sum(map(is_fma, listing))
-
-
-def tool(name: str, package: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        sys.exit(f"{name} was not found: install it (Debian, Ubuntu: apt-get install {package})")
-    return path
+# Of the product, rows and vectors of columns: channels-last and, beside each, NCHW.
+TILES = [(8, 2, 8, 3), (6, 3, 8, 2), (7, 3, 6, 3), (5, 4, 5, 4), (4, 4, 4, 4)]
 
 
 def find_mca() -> str:
-    for version in range(40, 18, -1):
+    for version in range(40, 13, -1):
         if path := shutil.which(f"llvm-mca-{version}"):
             return path
-    return tool("llvm-mca", "llvm")
+    return arm_trace.tool("llvm-mca", "llvm")
 
 
-def build(folder: Path) -> Path:
-    """The program that runs one layer, with the compiler of the aarch64 preset."""
-    presets = json.loads((ROOT / "CMakePresets.json").read_text(encoding="utf-8"))["configurePresets"]
-    (preset,) = (preset for preset in presets if preset["name"] == "aarch64")
-    variables = {name: value for name, value in preset["cacheVariables"].items() if name.startswith("CMAKE_")}
-    tool(variables["CMAKE_CXX_COMPILER"], "g++-aarch64-linux-gnu")
-    # Linked statically, so that an address in the file is the address that the emulator sees.
-    variables |= {"FASTSEP_SOURCE": str(ROOT), "CMAKE_EXE_LINKER_FLAGS": "-static"}
-    configure = ["cmake", "-S", ROOT / "benchmarks" / "instructions", "-B", folder, "-G", "Ninja"]
-    configure += [f"-D{name}={value}" for name, value in variables.items()]
-    for command in (configure, ["cmake", "--build", folder]):
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode != 0:
-            sys.exit(result.stdout[-2000:] + result.stderr[-2000:])
-    return folder / "fastsep_instructions"
-
-
-def kernel_functions(program: Path) -> list[tuple[int, str]]:
-    """Where each function of the NEON kernels begins, in order; no name where something else follows."""
-    nm = tool("aarch64-linux-gnu-nm", "binutils-aarch64-linux-gnu")
-    listing = subprocess.run([nm, "-nC", program], check=True, capture_output=True, text=True).stdout
-    functions = []
-    for line in listing.splitlines():
-        address, kind, name = line.split(" ", 2) if line[0] != " " else ("", "", "")
-        if kind not in tuple("tTwW"):
-            continue
-        # (transpose_any is the packing of weights, before the layer runs.)
-        inside = re.search(r"fastsep::neon::\(anonymous namespace\)::(.*)", name)
-        if "transpose_any<" in name:
-            inside = None
-        name = re.sub(r"fastsep::|neon::|\(anonymous namespace\)::", "", inside[1]) if inside else ""
-        functions.append((int(address, 16), re.sub(r"^[\w:&<> ]* (?=\w+<)|\(.*", "", name)))
-    return functions
-
-
-def execute(program: Path, functions: list[tuple[int, str]], layer: str, layout: str) -> Run:
-    """Runs a layer and reads the emulator's log: blocks as they are translated, and each one executed."""
-    kernels = [address for address, name in functions if name]
-    after = next(address for address, _ in functions if address > kernels[-1])
-    starts = {address: name for address, name in functions if name}
-    command = [
-        tool("qemu-aarch64-static", "qemu-user-static"),
-        "-d",
-        "in_asm,exec,nochain",
-        "-D",
-        "/dev/stdout",
-    ]
-    command += ["-dfilter", f"{kernels[0]:#x}..{after - 1:#x}", str(program), layer, "forward", layout]
-    run, block, call = Run(), 0, list[int]()
-    addresses = [address for address, _ in functions]
-
-    def finish() -> None:
-        if call and (name := run.functions[call[0]]).startswith((PRODUCT, *DEPTHWISE)):
-            run.calls[name][tuple(call)] += 1
-        call.clear()
-
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith(b"Trace"):
-                address = int(line.split(b"/", 2)[1], 16)
-                name = run.functions.get(address)
-                if name is None:
-                    name = functions[bisect.bisect_right(addresses, address) - 1][1]
-                    run.functions[address] = name
-                run.times[address] += 1
-                if address in starts or (call and name is not run.functions[call[0]]):
-                    finish()
-                call.append(address)
-            elif line.startswith(b"IN:"):
-                block = 0
-            elif line.startswith(b"0x"):
-                where, _, name_, *operands = line.decode().rstrip().split(None, 3)
-                block = block or int(where[:-1], 16)
-                run.blocks.setdefault(block, []).append((name_, *operands, "")[:2])
-    finish()
-    if process.returncode != 0:
-        sys.exit(f"{program.name} {layer} forward {layout} ended with {process.returncode}")
-    return run
-
-
-def inner_loop(path: Path_) -> Path_:
-    """The blocks between two visits of the one that was visited most."""
-    most, _ = Counter(path).most_common(1)[0]
-    visits = [i for i, address in enumerate(path) if address == most]
-    rounds = Counter(path[a:b] for a, b in itertools.pairwise(visits))
-    return rounds.most_common(1)[0][0] if rounds else path
-
-
-def cycles(mca: str, core: str, listing: list[Instruction], rounds: int) -> float:
-    """For one round."""
+def play(mca: str, core: str, listing: list[Instruction], rounds: int) -> str:
+    """What llvm-mca says of some instructions."""
     # Where a branch goes does not matter to llvm-mca, which plays what it is given.
     lines = [
         f"{name} {re.sub('#?0x[0-9a-f]+$', '#-4', operands) if name[0] in 'bct' else operands}"
         for name, operands in listing
     ]
     command = [mca, "-mtriple=aarch64-linux-gnu", f"-mcpu={core}", f"-iterations={rounds}"]
-    command += ["-instruction-info=0", "-resource-pressure=0"]
+    command += ["-instruction-info=0"]
     result = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True)
-    total = re.search(r"Total Cycles:\s+(\d+)", result.stdout)
-    if total is None:
+    if result.returncode != 0:
         sys.exit(result.stderr[-2000:])
+    return result.stdout
+
+
+def cycles(mca: str, core: str, listing: list[Instruction], rounds: int) -> float:
+    """For one round."""
+    total = re.search(r"Total Cycles:\s+(\d+)", play(mca, core, listing, rounds))
+    assert total is not None
     return int(total[1]) / rounds
+
+
+def models(mca: str) -> dict[str, str]:
+    """What begins the names of each core's units: that of the model which llvm-mca has for it."""
+    found = {}
+    for core in CORES:
+        unit = re.search(r"^\[0(?:\.0)?\]\s+- (\w+?)Unit", play(mca, core, [("nop", "")], 1), re.M)
+        found[core] = unit[1] if unit else "none"
+    return found
+
+
+def headings(mca: str) -> tuple[str, list[str], list[str]]:
+    """The version, the heads of the columns of the cores, and the cores that have a model."""
+    known = models(mca)
+    modelled = [core for core in CORES if known[core] == CORES[core]]
+    version = subprocess.run([mca, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"LLVM version ([\d.]+)", version)
+    return (
+        f"LLVM {release[1] if release else '?'}",
+        [f"{core}\n(by {known[core]})" for core in CORES],
+        modelled,
+    )
 
 
 def peak(mca: str, core: str, listing: list[Instruction]) -> float:
@@ -214,30 +135,58 @@ def analysed(run: Run) -> list[tuple[str, Path_]]:
     return found
 
 
+def least(kind: str, core: str) -> float:
+    """The share of the peak below which the analysis fails."""
+    if kind == PRODUCT:
+        return PRODUCT_TARGET if core in WIDE else 0
+    return FLOORS[kind][list(CORES).index(core)] / 100
+
+
 def predictions(mca: str, runs: dict[str, Run], console: Console) -> bool:
-    """Whether the product's inner loops reach their target, and nothing spills."""
-    passed = True
-    title = f"Vector FMAs per cycle that {Path(mca).name} predicts, of the core's peak ({ANALYSED})"
-    table = Table("kernel", "", *CORES, title=title, show_lines=True)
+    """Whether the inner loops reach what they must, and nothing spills."""
+    release, heads, modelled = headings(mca)
+    title = f"Vector FMAs per cycle that {release} predicts, of the core's peak ({ANALYSED})"
+    table = Table("kernel", "", *heads, title=title, show_lines=True)
+    below, faults = list[str](), list[str]()
+
+    def cell(name: str, core: str, listing: list[Instruction], *, is_loop: bool) -> str:
+        if core not in modelled:
+            return "not modelled"
+        rate, most = (
+            fmas_of(listing) / cycles(mca, core, listing, 200 if is_loop else 1),
+            peak(mca, core, listing),
+        )
+        target = PRODUCT_TARGET if PRODUCT in name else DEPTHWISE_TARGET
+        missed = is_loop and core in WIDE and rate < target * most
+        if missed:
+            below.append(f"{name} on {core}: {rate / most:.1%} of the peak, not {target:.0%}")
+        if is_loop and rate < least(kind_of(name), core) * most:
+            faults.append(f"{name} on {core}: {rate / most:.1%} of the peak")
+        return f"{'[red]' if missed else ''}{rate:.2f} of {most:.2f} {rate / most:4.0%}"
+
     for layout, run in runs.items():
-        for name, path in analysed(run):
-            is_product = name.startswith(PRODUCT)
-            target = PRODUCT_TARGET if is_product else DEPTHWISE_TARGET
-            for what, part, rounds in (("inner loop", inner_loop(path), 200), ("whole call", path, 1)):
-                listing = run.listing(part)
-                fmas, is_loop = fmas_of(listing), what == "inner loop"
-                cells = []
-                for core in CORES:
-                    rate, most = fmas / cycles(mca, core, listing, rounds), peak(mca, core, listing)
-                    missed = is_loop and core in WIDE and rate < target * most
-                    passed &= not (missed and is_product)
-                    cells.append(f"{'[red]' if missed else ''}{rate:.2f} of {most:.2f} {rate / most:4.0%}")
-                stack = sum("[sp" in operands and "q" in operands for _, operands in listing)
-                passed &= not (is_loop and stack)
-                note = f"{what}: {len(listing)} instructions, {fmas} FMAs, {stack} vectors on the stack"
-                table.add_row(f"{layout} {name}" if is_loop else "", note, *cells)
+        for function, path in analysed(run):
+            name = f"{layout} {function}"
+            loop, whole = run.listing(arm_trace.inner_loop(path)), run.listing(path)
+            stack = arm_trace.stack_of_loop(run, path)
+            if stack > STACK.get(kind_of(name), 0):
+                faults.append(f"{name}: {stack} instructions of the inner loop use the stack")
+            for what, listing, used in (
+                ("inner loop", loop, stack),
+                ("whole call", whole, sum(arm_trace.stack_accesses(whole))),
+            ):
+                note = f"{what}: {len(listing)} instructions, {fmas_of(listing)} FMAs, {used} use the stack"
+                cells = [cell(name, core, listing, is_loop=listing is loop) for core in CORES]
+                table.add_row(name if listing is loop else "", note, *cells)
     console.print(table)
-    return passed
+    console.print("Below their targets:", *below, sep="\n  ")
+    for fault in faults:
+        console.print(f"[red]FAILED {fault}")
+    return not faults
+
+
+def kind_of(name: str) -> str:
+    return next(kind for kind in (PRODUCT, *DEPTHWISE) if f"{kind}<" in name)
 
 
 def instructions(layers: list[str], runs: dict[tuple[str, str], Run], console: Console) -> bool:
@@ -275,21 +224,89 @@ def network() -> dict[str, str]:
     return layers
 
 
+def alternative(folder: Path, tile: tuple[int, ...]) -> Path:
+    """The program with another register tile: kernels compiled anew, which the linker meets first."""
+    source = (ROOT / "csrc" / "cpu" / "neon.cpp").read_text(encoding="utf-8")
+    names = ("rows", "columns", "planar_rows", "planar_columns")
+    for name, value in zip(names, tile, strict=True):
+        source, found = re.subn(rf"\b{name} = \d+", f"{name} = {value}", source)
+        assert found == 1, name
+    changed = folder / f"neon_{'_'.join(map(str, tile))}.cpp"
+    changed.write_text(source, encoding="utf-8")
+    commands = json.loads((folder / "compile_commands.json").read_text(encoding="utf-8"))
+    command = shlex.split(next(each["command"] for each in commands if each["file"].endswith("cpu/neon.cpp")))
+    program = changed.with_suffix("")
+    compiled = changed.with_suffix(".o")
+    flags = command[1 : command.index("-o")]
+    arm_trace.execute_or_exit(command[0], *flags, f"-I{ROOT / 'csrc/cpu'}", "-o", compiled, "-c", changed)
+    main = folder / "CMakeFiles/fastsep_instructions.dir/benchmarks/instructions/main.cpp.o"
+    arm_trace.execute_or_exit(
+        command[0], "-static", "-o", program, main, compiled, folder / "libfastsep_core.a"
+    )
+    return program
+
+
+def compare_tiles(mca: str, folder: Path, console: Console) -> None:
+    """The inner loop of the product with each of TILES."""
+    release, heads, modelled = headings(mca)
+    table = Table(
+        "layout", "tile", "FMAs", "of", *heads, title=f"FMAs per cycle of the product, by {release}"
+    )
+    arm_trace.build(folder)
+    sizes = network()[ANALYSED]
+    for tile in TILES:
+        program = alternative(folder, tile)
+        functions = arm_trace.kernel_functions(program)
+        for layout, shape in (("nhwc", tile[:2]), ("nchw", tile[2:])):
+            run = arm_trace.execute(program, functions, sizes, layout)
+            listing = run.listing(arm_trace.inner_loop(dict(analysed(run)[:1]).popitem()[1]))
+            fmas = fmas_of(listing)
+            cells = [
+                f"{fmas / cycles(mca, core, listing, 200):.2f}" if core in modelled else "-" for core in CORES
+            ]
+            table.add_row(layout, f"{shape[0]} x {shape[1]}", str(fmas), str(len(listing)), *cells)
+    console.print(table)
+
+
+def count_all(program: Path, layers: dict[str, str]) -> dict[tuple[str, str], Run]:
+    functions = arm_trace.kernel_functions(program)
+    runs, known = {}, {}
+    for layer, sizes in layers.items():
+        for layout in ("nhwc", "nchw"):
+            if (sizes, layout) not in known:  # some blocks are alike
+                known[sizes, layout] = arm_trace.execute(program, functions, sizes, layout)
+            runs[layer, layout] = known[sizes, layout]
+    return runs
+
+
 def main() -> int:
-    console = Console(width=200)
-    mca = find_mca()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("layers", nargs="*", help="with --counts: the blocks to count (default: all)")
+    parser.add_argument("--counts", action="store_true", help="count instructions, predict nothing")
+    parser.add_argument("--tiles", action="store_true", help="predict the product with other register tiles")
+    parser.add_argument(
+        "--build", type=Path, help="a build folder of the preset aarch64 (default: a new one)"
+    )
+    parsed = parser.parse_args()
+    layers, console = network(), Console(width=200)
+    if unknown := [name for name in parsed.layers if name not in layers]:
+        parser.error(f"layers must be among {', '.join(layers)}, got {unknown[0]}")
+    if parsed.layers and not parsed.counts:
+        parser.error("layers are named for --counts alone")
     with tempfile.TemporaryDirectory() as name:
-        program = build(Path(name))
-        functions = kernel_functions(program)
-        layers, runs, known = network(), {}, {}
-        for layer, sizes in layers.items():
-            for layout in ("nhwc", "nchw"):
-                if (sizes, layout) not in known:  # some blocks are alike
-                    known[sizes, layout] = execute(program, functions, sizes, layout)
-                runs[layer, layout] = known[sizes, layout]
-    counted = instructions(list(layers), runs, console)
-    predicted = predictions(mca, {layout: runs[ANALYSED, layout] for layout in ("nhwc", "nchw")}, console)
-    return 0 if counted and predicted else 1
+        folder = parsed.build.resolve() if parsed.build else Path(name)
+        if parsed.tiles:
+            compare_tiles(find_mca(), folder, console)
+            return 0
+        mca = None if parsed.counts else find_mca()
+        chosen = {name: layers[name] for name in parsed.layers or layers}
+        runs = count_all(arm_trace.build(folder), chosen)
+    passed = instructions(list(chosen), runs, console)
+    if mca is not None:
+        passed &= predictions(mca, {layout: runs[ANALYSED, layout] for layout in ("nhwc", "nchw")}, console)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

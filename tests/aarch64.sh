@@ -3,15 +3,21 @@
 #
 # Into FOLDER (build/aarch64-python, kept for the next time) go Debian's arm64 Python, the aarch64 wheels of torch and
 # of what the tests need, and the wheel of this checkout, cross-compiled. Then pytest runs TESTs, by default those of
-# the layer and its operator. It needs python3.11, g++-aarch64-linux-gnu and qemu-user-static, and no root.
+# the layer and its operator, and some of its gradients. It fails where the kernels for NEON are not there. It needs
+# python3.11, g++-aarch64-linux-gnu and qemu-user-static, and no root.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 folder=$(realpath -m "${1:-build/aarch64-python}")
 tests=("${@:2}")
+if ((${#tests[@]} == 0)); then
+  gradients=tests/test_backward_operators.py
+  tests=(tests/test_forward.py tests/test_module.py $gradients::test_gradient_may_lie_anywhere
+    $gradients::test_operator_gives_what_is_needed)
+fi
 # The newest torch whose aarch64 wheel is for the CPU alone, and all that is needed beside it: left to itself, pip would
 # go by this machine's processor and fetch CUDA.
-packages=(torch==2.10.0 filelock fsspec jinja2 markupsafe mpmath networkx sympy typing-extensions
+packages=(torch==2.10.0 filelock fsspec jinja2 markupsafe "mpmath<1.4" networkx sympy typing-extensions
   numpy rich markdown-it-py mdurl pygments
   expecttest hypothesis sortedcontainers pytest iniconfig packaging pluggy)
 
@@ -46,13 +52,25 @@ CONF
   for package in "$apt"/cache/archives/*.deb; do dpkg-deb -x "$package" "$folder/root"; done
 }
 
+# The versions of the other packages are those of constraints.txt.
+constraints() { grep -v '^torch==' constraints.txt; }
+
+wanted() {
+  printf '%s\n' "${packages[@]}"
+  constraints
+}
+
 install_wheels() {
   local platforms=()
+  rm -rf "$folder/site"
+  constraints >"$folder/constraints.txt"
   for version in 2_28 2_27 2_17 2014; do platforms+=(--platform "manylinux${version/#2_/_2_}_aarch64"); done
   python3.11 -m venv "$folder/host"
   "$folder/host/bin/pip" install -q -c constraints.txt setuptools pybind11 cmake ninja
-  "$folder/host/bin/pip" install -q --target "$folder/site" --no-deps --only-binary=:all: "${platforms[@]}" \
+  "$folder/host/bin/pip" install -q --target "$folder/site" --no-deps --only-binary=:all: \
+    -c "$folder/constraints.txt" "${platforms[@]}" \
     --python-version 3.11 --implementation cp --abi cp311 --abi abi3 --abi none "${packages[@]}"
+  wanted >"$folder/site/wanted.txt"
 }
 
 build_fastsep() {
@@ -81,16 +99,16 @@ COMMAND
 
 begin=$SECONDS
 [ -e "$folder/root/usr/bin/python3.11" ] || unpack_python
-[ -e "$folder/site/torch" ] || install_wheels
+wanted | cmp -s - "$folder/site/wanted.txt" || install_wheels
 echo "Python and its packages: $((SECONDS - begin)) s"
 begin=$SECONDS
 build_fastsep
 echo "fastsep: $((SECONDS - begin)) s"
 begin=$SECONDS
-emulated_python -c 'import platform, torch, fastsep; from fastsep import _native
-print(platform.machine(), "torch", torch.__version__, _native.core.isas())'
+emulated_python -c 'import platform, sys, torch, fastsep; from fastsep import _native
+print(platform.machine(), "torch", torch.__version__, _native.core.isas())
+if "neon" not in _native.core.isas(): sys.exit("the kernels for NEON are missing")'
 echo "import: $((SECONDS - begin)) s"
 begin=$SECONDS
-if ((${#tests[@]} == 0)); then tests=(tests/test_forward.py tests/test_module.py); fi
 emulated_python -m pytest -p no:cacheprovider "${tests[@]}"
 echo "tests: $((SECONDS - begin)) s"

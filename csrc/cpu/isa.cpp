@@ -7,12 +7,35 @@
 
 #if defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+
+#include <initializer_list>
 #endif
 
 namespace fastsep {
 namespace {
 
 const char* const names[isa_count] = {"avx512", "avx2", "neon", "scalar"};
+
+#if defined(__aarch64__)
+// NEON is in every such processor, but the operating system may have been told not to use it.
+bool neon_supported() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMD) != 0;
+#elif defined(__APPLE__)
+  // The second is its name in macOS 11.
+  for (const char* name : {"hw.optional.AdvSIMD", "hw.optional.neon"}) {
+    int has = 0;
+    size_t size = sizeof(has);
+    if (sysctlbyname(name, &has, &size, nullptr, 0) == 0) return has != 0;
+  }
+  return false;
+#else
+  return true;
+#endif
+}
+#endif
 
 }  // namespace
 
@@ -42,13 +65,7 @@ bool isa_supported(Isa isa) {
     case Isa::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
 #endif
 #if defined(__aarch64__)
-    // In every such processor, but Linux may have been told not to use it. macOS (hw.optional.AdvSIMD) always does.
-    case Isa::neon:
-#if defined(__linux__)
-      return (getauxval(AT_HWCAP) & HWCAP_ASIMD) != 0;
-#else
-      return true;
-#endif
+    case Isa::neon: return neon_supported();
 #endif
     default: return false;
   }

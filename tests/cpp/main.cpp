@@ -1,4 +1,5 @@
 // Runs every kernel that this processor has over the table of cases; with --share I/N, every N-th from the I-th on.
+// With --require ISA it fails where those kernels cannot run here, instead of passing the others.
 #include <cstdio>
 #include <cstring>
 #include <iostream>
@@ -61,21 +62,59 @@ void run_case(const Kernel& kernel, const Case& c, Layout layout) {
   }
 }
 
-int run(const std::vector<std::string>& paths, int share, int shares) {
+struct Options {
+  int share = 1, shares = 1;
+  std::vector<Isa> required;
+  std::vector<std::string> paths;
+};
+
+// Whether the arguments make sense.
+bool parse(int argc, char** argv, Options* options) {
+  int i = 1;
+  for (; i + 1 < argc && std::strncmp(argv[i], "--", 2) == 0; i += 2) {
+    Isa isa;
+    if (std::strcmp(argv[i], "--share") == 0) {
+      int& share = options->share;
+      int& shares = options->shares;
+      if (std::sscanf(argv[i + 1], "%d/%d", &share, &shares) != 2 || share < 1 || share > shares) return false;
+    } else if (std::strcmp(argv[i], "--require") == 0 && isa_from_name(argv[i + 1], &isa)) {
+      options->required.push_back(isa);
+    } else {
+      return false;
+    }
+  }
+  options->paths.assign(argv + i, argv + argc);
+  return !options->paths.empty();
+}
+
+int run(const Options& options) {
+  for (Isa isa : options.required)
+    if (!isa_available(isa)) {
+      std::cerr << "FAILED: kernels for " << isa_name(isa) << " are required, and "
+                << (isa_compiled(isa) ? "do not run on this processor\n" : "were not compiled\n");
+      return 1;
+    }
   std::vector<Case> cases;
-  for (const std::string& path : paths)
+  for (const std::string& path : options.paths)
     for (const Case& c : read_cases(path)) cases.push_back(c);
-  for (int i = share - 1; i < kernel_count(); i += shares) {
+  int ran = 0;
+  for (int i = options.share - 1; i < kernel_count(); i += options.shares) {
     const Kernel* const kernel = kernels[i];
     if (!isa_available(kernel->isa)) {
       std::cout << kernel->name << ": not on this processor\n";
       continue;
     }
+    ++ran;
     const int before = tally.checks;
     for (const Case& c : cases)
       for (Layout layout : {Layout::nchw, Layout::nhwc}) run_case(*kernel, c, layout);
     test_series(*kernel);
     std::cout << kernel->name << ": " << cases.size() << " cases, " << tally.checks - before << " checks" << std::endl;
+  }
+  if (ran == 0) {
+    std::cerr << "FAILED: of the " << kernel_count() << " kernels, share " << options.share << "/" << options.shares
+              << " has none that runs on this processor\n";
+    return 1;
   }
   for (const Case& c : cases)
     if (c.problem.batch > 0 && c.problem.pad_top < c.problem.height && c.problem.expand.channels == 0) {
@@ -90,13 +129,10 @@ int run(const std::vector<std::string>& paths, int share, int shares) {
 }  // namespace fastsep_tests
 
 int main(int argc, char** argv) {
-  int first = 1, share = 1, shares = 1;
-  if (argc > 2 && std::strcmp(argv[1], "--share") == 0) {
-    first = std::sscanf(argv[2], "%d/%d", &share, &shares) == 2 && 0 < share && share <= shares ? 3 : argc;
-  }
-  if (argc <= first) {
-    std::cerr << "usage: fastsep_tests [--share I/N] cases.txt ...\n";
+  fastsep_tests::Options options;
+  if (!fastsep_tests::parse(argc, argv, &options)) {
+    std::cerr << "usage: fastsep_tests [--share I/N] [--require ISA] cases.txt ...\n";
     return 2;
   }
-  return fastsep_tests::run({argv + first, argv + argc}, share, shares);
+  return fastsep_tests::run(options);
 }

@@ -22,8 +22,10 @@
 
 // GCC before 13 warns of the undefined pass-through operand in its own definition of _mm512_max_ps and others (GCC bug
 // 105593).
+#ifndef __clang__
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 
 namespace fastsep {
 namespace FASTSEP_ISA {
