@@ -241,8 +241,8 @@ def measure_layer(
         contenders.verify(task, subjects)
         peak = measure_peak(device, isa, case.dtype, threads)
         times = race({name: subject.contender for name, subject in subjects.items()}, seconds=seconds)
-    moved = traffic(case, phase) if task.is_cold else 0
-    return Row(case.name, format_case(case), times, phase_operations(case, phase), moved, peak)
+    done = phase_operations(case, phase), traffic(case, phase)
+    return Row(case.name, format_case(case), times, *done, peak, task.is_cold)
 
 
 def measure_whole(arguments: argparse.Namespace, name: str, isa: str, remarks: dict[str, None]) -> Row:
@@ -260,7 +260,8 @@ def measure_whole(arguments: argparse.Namespace, name: str, isa: str, remarks: d
             times = race({n: subject.contender for n, subject in subjects.items()}, seconds=arguments.seconds)
     operations = networks.operations(network, x)
     fused = f"{len(found.fused)} of {len(found.candidates)}" if found else ""
-    return Row(name, "", times, operations, 0, peak, fused, found.error if found else None)
+    what = fused, found.error if found else None
+    return Row(name, "", times, operations, 0, peak, False, *what)
 
 
 def _progress(cases: list[Case]) -> list[Case]:
