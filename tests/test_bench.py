@@ -4,11 +4,9 @@ import csv
 import io
 import json
 import os
-import struct
 import subprocess
 import sys
 import time
-import zlib
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -18,7 +16,7 @@ from reports import report
 
 from fastsep import _native
 from fastsep._case import parse_case
-from fastsep.bench import contenders, layers, machine, networks, peers, plot
+from fastsep.bench import contenders, layers, machine, networks, peers
 from fastsep.bench import task as task_module
 from fastsep.bench.machine import Load, Roof
 from fastsep.bench.report import FORMAT, Report, write_whole
@@ -289,29 +287,6 @@ def test_whole_networks(name):
         wrong = replace(subjects["eager"], outputs=lambda: [torch.zeros(1, 1000)])
         with pytest.raises(ArithmeticError, match="eager differs from torch"):
             networks.verify(subjects | {"eager": wrong})
-
-
-def pixels(png):
-    """Distinct rows of a PNG's uncompressed data."""
-    assert png[:8] == b"\x89PNG\r\n\x1a\n"
-    data, at = b"", 8
-    while at < len(png):
-        (length,) = struct.unpack(">I", png[at : at + 4])
-        if png[at + 4 : at + 8] == b"IDAT":
-            data += png[at + 8 : at + 8 + length]
-        at += 12 + length
-    raw = zlib.decompress(data)
-    width = struct.unpack(">I", png[16:20])[0]
-    stride = 4 * width + 1
-    return {raw[i + 1 : i + stride] for i in range(0, len(raw), stride)}
-
-
-@pytest.mark.parametrize("rows", [1, 2])
-def test_the_plot_is_not_blank(rows):
-    made = report()
-    picture = plot.draw(replace(made, rows=made.rows[:rows]), "png")
-    assert len(pixels(picture)) > 100
-    assert plot.draw(replace(made, rows=made.rows[:rows]), "svg").count(b"onnxruntime") >= 1
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
