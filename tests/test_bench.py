@@ -15,6 +15,7 @@ import torch
 from reports import report
 
 from fastsep import _native
+from fastsep.__main__ import main
 from fastsep._case import parse_case
 from fastsep.bench import contenders, layers, machine, networks, peers
 from fastsep.bench import task as task_module
@@ -197,8 +198,8 @@ def test_contenders_agree(line, phase):
         subjects = contenders.build(task, ["torch", "naive"], stack)
         contenders.verify(task, subjects)
         expected = {"fastsep", "torch nchw", "torch nhwc"}
-        if phase == "forward":
-            expected |= {"naive"} | ({"unfrozen"} if case.k else set())
+        expected |= {"naive"} if phase in ("forward", "training") else set()
+        expected |= {"unfrozen"} if phase == "forward" and case.k else set()
         assert set(subjects) == expected
         sizes = {
             "forward": 1,
@@ -225,6 +226,17 @@ def test_contenders_that_disagree_are_found(phase, monkeypatch):
         subjects = contenders.build(task, [], stack)
         with pytest.raises(ArithmeticError, match="torch nhwc differs from torch by"):
             contenders.verify(task, subjects)
+
+
+def test_the_naive_reference_takes_part_up_to_a_size():
+    small, large = parse_case(SMALL), replace(parse_case(SMALL), h=140, w=150, k=512)
+    assert contenders.unavailable("naive", small, "training", "cpu") == ""
+    assert "million operations" in contenders.unavailable("naive", large, "forward", "cpu")
+    between = replace(small, h=100, w=100, c=32, k=64)  # its training takes more than three times as much
+    assert contenders.unavailable("naive", between, "forward", "cpu") == ""
+    assert "million operations" in contenders.unavailable("naive", between, "training", "cpu")
+    assert "in training" in contenders.unavailable("naive", small, "weight-gradient", "cpu")
+    assert "on the CPU" in contenders.unavailable("naive", small, "training", "cuda")
 
 
 @needs_native
@@ -269,6 +281,64 @@ def test_a_runtime_that_is_not_installed(monkeypatch):
     monkeypatch.setattr(peers, "version", lambda name: None)
     assert peers.missing("ncnn") == 'ncnn needs ncnn, pnnx, which is not installed: pip install ".[peers]"'
     assert "not installed" in contenders.unavailable("ncnn", parse_case(SMALL), "forward", "cpu")
+
+
+WORKERS = {
+    "dies at once": ("raise SystemExit('no model here')", "ended with status 1: no model here"),
+    "dies when asked": (
+        "print('{}', flush=True); input(); raise SystemExit('out of memory')",
+        "ended with status 1: out of memory",
+    ),
+    "closes its output": (
+        "import os, sys, time; os.close(1); print('bye', file=sys.stderr, flush=True); time.sleep(60)",
+        "ended with status -9: bye",
+    ),
+    "sleeps": ("import time; time.sleep(60)", "gave no answer in 2 seconds: it said nothing"),
+    "sleeps when asked": (
+        "import time; print('{}', flush=True); input(); time.sleep(60)",
+        "gave no answer in 2 seconds: it said nothing",
+    ),
+}
+
+
+@pytest.mark.parametrize("worker", WORKERS)
+def test_a_worker_that_does_not_answer(worker, tmp_path, monkeypatch):
+    program, message = WORKERS[worker]
+    (tmp_path / "worker.py").write_text(program)
+    monkeypatch.setattr(peers, "WORKER", tmp_path / "worker.py")
+    monkeypatch.setattr(peers, "EXPORTERS", {"ncnn": lambda module, x, folder: folder})
+    monkeypatch.setattr(peers, "DEADLINE", 2.0)
+    wait = subprocess.Popen.wait
+    monkeypatch.setattr(subprocess.Popen, "wait", lambda self, timeout=None: wait(self, timeout and 1))
+    begin = time.monotonic()
+    remote = peers.Remote("ncnn", torch.nn.Identity(), torch.zeros(1), threads=1)
+    with pytest.raises(RuntimeError) as error, remote:
+        remote.sample(1)
+    assert str(error.value) == f"ncnn {message}"
+    assert time.monotonic() - begin < 30
+    assert remote._process.poll() is not None
+
+
+@pytest.mark.parametrize(
+    ("exported", "message"),
+    [
+        ("subprocess.run(['sh', '-c', 'echo shape >&2; echo no such layer >&2; exit 3'], check=True, "
+         "capture_output=True)", "no such layer"),
+        ("subprocess.run(['false'], check=True, capture_output=True)", "CalledProcessError"),
+        ("torch.ones(2).view(3)", "shape '[3]' is invalid for input of size 2"),
+        ("{}['opset']", "'opset'"),
+    ],
+)  # fmt: skip
+def test_a_model_that_a_runtime_does_not_take(exported, message, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "missing", lambda runtime: "")
+    monkeypatch.setattr(peers, "EXPORTERS", {"ncnn": lambda *_: eval(exported)})
+    assert main(["bench", "--layer", SMALL, "--against", "ncnn", "--seconds", "0"]) == 1
+    assert capsys.readouterr().err.strip() == f"fastsep: ncnn does not take the model: {message}"
+
+
+def test_on_a_gpu_fastsep_takes_no_part_in_whole_networks():
+    assert networks.unavailable("fastsep", 1, "cpu") == ""
+    assert "optimize() fuses nothing" in networks.unavailable("fastsep", 1, "cuda")
 
 
 @pytest.mark.parametrize("name", networks.SOURCES)

@@ -18,9 +18,18 @@ from .._check import Tensors
 from ..functional import depthwise_conv2d
 from ..modules import SeparableConv2d
 from . import peers
-from .baselines import Call, compiled, given, naive, own_parameters, two_convolutions, two_modules
+from .baselines import (
+    Call,
+    compiled,
+    given,
+    naive,
+    naive_gradients,
+    own_parameters,
+    two_convolutions,
+    two_modules,
+)
 from .engine import Local, OnGpu
-from .layers import operations
+from .layers import phase_operations
 from .task import Subject as Subject
 from .task import Task as Task
 from .task import context as context
@@ -41,9 +50,11 @@ def unavailable(name: str, case: Case, phase: str, device: str) -> str:
             return f"{name} takes part in the forward pass, on the CPU, in float32"
         return peers.missing(name)
     if name == "naive":
-        if phase != "forward" or device != "cpu" or DTYPES[case.dtype] not in _native.DTYPES:
-            return "naive takes part in the forward pass, on the CPU, in float32 and float64"
-        if operations(case) > NAIVE_OPERATIONS:
+        if phase not in ("forward", "training"):
+            return "naive takes part in the forward pass and in training"
+        if device != "cpu" or DTYPES[case.dtype] not in _native.DTYPES:
+            return "naive takes part on the CPU, in float32 and float64"
+        if phase_operations(case, phase) > NAIVE_OPERATIONS:
             return f"naive takes part up to {NAIVE_OPERATIONS / 1e6:.0f} million operations"
     if name == "unfrozen" and (phase != "forward" or not case.k):
         return "unfrozen differs from fastsep only in the forward pass of a whole layer"
@@ -69,7 +80,7 @@ def _peer(name: str, task: Task, stack: ExitStack) -> Subject:
 
 def _local(name: str, task: Task) -> Subject:
     call, parameters, layout = _call(name, task)
-    run, outputs = _phase(task, call, parameters, layout)
+    run, outputs = _phase(task, call, parameters, layout, is_naive=name == "naive")
     contender = OnGpu if task.device == "cuda" else Local
     return Subject(contender(run), outputs)
 
@@ -96,7 +107,7 @@ def _call(name: str, task: Task) -> tuple[Call, list[Tensor], str]:
 
 
 def _phase(
-    task: Task, call: Call, parameters: list[Tensor], layout: str
+    task: Task, call: Call, parameters: list[Tensor], layout: str, *, is_naive: bool = False
 ) -> tuple[Callable[[], object], Callable[[], Sequence[Tensor]]]:
     """One call as it is timed, and its results."""
     phase, (needs_x, needs_weights) = task.phase, task.needs
@@ -115,6 +126,8 @@ def _phase(
     if phase == "training":
 
         def step(x: Tensor) -> Sequence[Tensor]:
+            if is_naive:
+                return naive_gradients(task.case, task.tensors, x, grad)
             return torch.autograd.grad(call(x), leaves(x), grad)
 
         return lambda: step(next(turns)), lambda: step(inputs[0])
