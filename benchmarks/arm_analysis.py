@@ -219,7 +219,7 @@ def network() -> dict[str, str]:
         (ROOT / "benchmarks" / "shapes" / "mobilenet_v1.txt").read_text(encoding="utf-8").splitlines()
     ):
         if line and not line.startswith("#"):
-            f = dict(pair.split("=") for pair in line.split())
+            f = dict(pair.split("=") for pair in line.partition("#")[0].split())
             layers[f["name"]] = "x".join(f.get(key, "1") for key in ("c", "h", "k", "kh", "sh"))
     return layers
 

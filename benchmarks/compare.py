@@ -60,10 +60,15 @@ def pairs(before: Report, now: Report, contender: str) -> list[tuple[str, Timing
     return found
 
 
+def interval(before: Timing, now: Timing) -> str:
+    """How far the ratio lies, at the least and at the most, if each time may be any between its quartiles."""
+    return f"{now.low / before.high:.3f} to {now.high / before.low:.3f}"
+
+
 def show(before: Report, now: Report, console: Console, contender: str = "fastsep") -> bool:
     """Prints the table; whether no layer became slower."""
     table = Table(title=f"{contender}, {now.network}, {now.phase}, batch {now.batch}")
-    for head in ("layer", "before, ms", "\u00b1%", "now, ms", "\u00b1%", "ratio", ""):
+    for head in ("layer", "before, ms", "\u00b1%", "now, ms", "\u00b1%", "ratio", "between", ""):
         table.add_column(head, justify="left" if head in ("layer", "") else "right")
     slower = False
     rows = pairs(before, now, contender)
@@ -71,7 +76,7 @@ def show(before: Report, now: Report, console: Console, contender: str = "fastse
         word = "slower" if is_slower(old, new) else "faster" if is_faster(old, new) else ""
         slower |= word == "slower"
         cells = [cell for t in (old, new) for cell in (f"{t.median * 1e3:.3f}", f"{t.spread * 50:.1f}")]
-        table.add_row(name, *cells, f"{new.median / old.median:.3f}", word)
+        table.add_row(name, *cells, f"{new.median / old.median:.3f}", interval(old, new), word)
     console.print(table)
     for what in ("isa", "machine"):
         then, today = getattr(before, what), getattr(now, what)

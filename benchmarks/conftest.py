@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import argparse
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,9 +11,9 @@ import torch
 
 from fastsep import _native
 from fastsep._case import DTYPES, LAYOUTS, Case
-from fastsep.bench import contenders, layers, machine
+from fastsep.bench import arguments, contenders, layers, machine
 from fastsep.bench.engine import Race, Timing
-from fastsep.bench.report import Row
+from fastsep.bench.report import Doubt, Row, doubts_of, warnings
 
 NAMES = ["naive", *contenders.TORCH, "compile", *(f"fastsep {layout}" for layout in LAYOUTS)]
 
@@ -30,34 +30,49 @@ class Group(NamedTuple):
 def pytest_addoption(parser):
     group = parser.getgroup("fastsep")
     known = ",".join(layers.names())
-    group.addoption("--networks", default="mobilenet_v1", help=f"some of {known}, or files of layers, or all")
+    group.addoption(
+        "--networks",
+        help=f"some of {known}, or files of layers, or all (default: mobilenet_v1, with --quick all)",
+    )
     group.addoption("--phases", default="forward,training", help=f"some of {','.join(layers.PHASES)}")
     group.addoption("--device", help="cpu or cuda (default: cuda where there is one)")
     group.addoption(
         "--dtype", default=None, help="some of float32, float16, bfloat16 (default: all that fit the device)"
     )
-    group.addoption("--threads", type=int, default=1, help="of each contender")
-    group.addoption("--batch", type=int, default=1, help="images")
-    group.addoption("--seconds", type=float, default=2.0, help="for each layer and phase")
+    group.addoption("--threads", default="1", help="of each contender (default: 1)")
+    group.addoption("--batch", default="1", help="images (default: 1)")
+    group.addoption("--seconds", default="2", help="for each layer and phase (default: 2)")
     group.addoption(
-        "--quick", action="store_true", help="the smallest layer of every network, as few rounds as can be"
+        "--quick", action="store_true", help="the smallest layer of each network, as few rounds as can be"
     )
 
 
 def pytest_configure(config):
-    option = config.getoption
-    if _native.core is None:
-        raise pytest.UsageError(f"the native module is missing: {_native.missing}")
+    """A wrong option ends with a sentence and the exit status 2, as it does all other commands."""
+    config.addinivalue_line("filterwarnings", "default")  # an error in the tests, but none to a user
+    config.fastsep_doubts = []
     try:
-        config.fastsep_groups = groups(option)
-        if option("batch") < 1:
-            raise ValueError(f"batch must be at least 1, got {option('batch')}")
-        if not 0 <= option("seconds") < math.inf:
-            raise ValueError(f"seconds must be a number from 0, got {option('seconds')}")
-        if option("threads") < 1 or option("threads") > machine.cores():
-            raise ValueError(f"threads must be 1 to {machine.cores()}, got {option('threads')}")
+        if _native.core is None:
+            raise ValueError(f"the native module is missing: {_native.missing}")
+        parse(config.option)
+        config.fastsep_groups = groups(config.getoption)
     except ValueError as error:
-        raise pytest.UsageError(str(error)) from None
+        pytest.exit(str(error), returncode=2)
+
+
+def parse(option) -> None:
+    """The numbers among the options."""
+    for name, kind in (
+        ("threads", arguments.count),
+        ("batch", arguments.count),
+        ("seconds", arguments.duration),
+    ):
+        try:
+            setattr(option, name, kind(getattr(option, name)))
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{name} {error}") from None
+    if option.threads > machine.cores():
+        raise ValueError(f"threads must be 1 to {machine.cores()}, got {option.threads}")
 
 
 def device_of(option) -> str:
@@ -83,10 +98,8 @@ def dtypes_of(option, device: str) -> list[str]:
 def groups(option) -> list[Group]:
     """All that is to be measured."""
     quick, device = option("quick"), device_of(option)
-    everything = quick or option("networks") == "all"
-    networks = [
-        layers.load(name) for name in (layers.names() if everything else option("networks").split(","))
-    ]
+    named = option("networks") or ("all" if quick else "mobilenet_v1")
+    networks = [layers.load(name) for name in (layers.names() if named == "all" else named.split(","))]
     phases = option("phases").split(",")
     for phase in phases:
         if phase not in layers.PHASES:
@@ -127,8 +140,10 @@ class Comparison:
         self.device, self.threads = device_of(option), option("threads")
         self.seconds = 0.0 if option("quick") else option("seconds")
         self.isa = _native.core.best_isa() if self.device == "cpu" else ""
-        self.bandwidth = machine.measure_bandwidth(self.device)
+        with machine.fixed_threads(self.threads):
+            self.bandwidth = machine.measure_bandwidth(self.device)
         self.done: dict[Group, dict[str, Result]] = {}
+        self.doubts: list[Doubt] = config.fastsep_doubts
 
     def reason(self, group: Group, contender: str) -> str:
         """Why a contender does not take part; empty where it does."""
@@ -158,8 +173,10 @@ class Comparison:
             peak = machine.measure_peak(self.device, self.isa, group.case.dtype, self.threads)
             race = Race({name: subject.contender for name, subject in subjects.items()})
             times = race.run(self.seconds)
-        moved = layers.traffic(case, group.phase) if task.is_cold else 0
-        row = Row(case.name, "", times, layers.phase_operations(case, group.phase), moved, peak)
+        done = layers.phase_operations(case, group.phase), layers.traffic(case, group.phase)
+        row = Row(case.name, "", times, *done, peak, task.is_cold)
+        if self.device == "cpu":
+            self.doubts += doubts_of(f"{group.network} {case.name}, {group.phase}", times, self.threads)
         return {name: Result(race.samples[name], self.information(row, name)) for name in subjects}
 
     def information(self, row: Row, name: str) -> dict[str, object]:
@@ -184,8 +201,14 @@ class Comparison:
 def comparison(pytestconfig):
     with machine.Load() as load:
         yield Comparison(pytestconfig)
-    for doubt in load.doubts:
-        print(f"\nwarning: {doubt}")
+    pytestconfig.fastsep_load = load
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Why the times are not to be trusted; a fixture would print it where pytest captures it."""
+    load = getattr(config, "fastsep_load", None)
+    for line in [*(load.doubts if load else []), *warnings(config.fastsep_doubts)]:
+        terminalreporter.write_line(f"warning: {line}", yellow=True)
 
 
 @pytest.fixture

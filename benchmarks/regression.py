@@ -4,8 +4,8 @@
 
 REVISION is by default the merge base with main, or the commit before where that is this one. Instructions
 are counted by callgrind, whose counts repeat on the busiest machine: it exits with 1 where they grew by more
-than 3 %, and with 2 where they could not be counted. Times are shown beside them; on a shared machine they
-prove nothing.
+than 3 %, and with 2 where they could not be counted, unless the revision has another contract, for which the
+program that is counted does not compile. Times are shown beside them; on a shared machine they prove nothing.
 
 callgrind knows no AVX-512, so the kernels counted are those for AVX2. It needs valgrind, cmake, ninja and a
 compiler.
@@ -18,18 +18,23 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import compare
 from rich.console import Console
 from rich.table import Table
 
+from fastsep.bench.engine import Timing
+from fastsep.bench.report import Report
+
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ["block5", "block12", "kernel5_14x512"]
 RUNS = [("forward", "nhwc"), ("forward", "nchw"), ("backward", "nhwc")]
 ALLOWED = 0.03
 ISA = "avx2"
-SECONDS = "8"
+# Two passes of each checkout, one after the other, so that a machine that becomes busier slows both.
+PASSES, SECONDS = 2, "4"
 
 
 def git(*arguments: str) -> str:
@@ -47,8 +52,15 @@ def default_revision() -> str:
     return git("rev-parse", "--verify", "HEAD^")
 
 
+class ContractError(RuntimeError):
+    """The program that is counted does not know the contract of a checkout."""
+
+
 def build(source: Path, folder: Path, *, module: bool) -> Path:
-    """The program that runs layers on a checkout's core, and with `module` the checkout's Python module."""
+    """The program that runs layers on a checkout's core, and with `module` the checkout's Python module.
+
+    RuntimeError where the checkout does not build.
+    """
     configure = ["cmake", "-S", ROOT / "benchmarks" / "instructions", "-B", folder, "-G", "Ninja"]
     configure += [
         f"-DFASTSEP_SOURCE={source}",
@@ -59,12 +71,16 @@ def build(source: Path, folder: Path, *, module: bool) -> Path:
     configure += (
         ["-DFASTSEP_PYTHON=ON", "-DFASTSEP_CUDA=OFF"] if module else ["-DFASTSEP_COMPILES_AVX512=OFF"]
     )
-    for command in (configure, ["cmake", "--build", folder]):
+    make = ["cmake", "--build", folder]
+    core, program = ([*make, "--target", target] for target in ("fastsep_core", "fastsep_instructions"))
+    for command in (configure, core, program, make):
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode != 0:
-            raise RuntimeError(
-                f"{source} does not build here:\n{result.stdout[-2000:]}{result.stderr[-2000:]}"
-            )
+            said = f"{result.stdout[-2000:]}{result.stderr[-2000:]}"
+            failed = re.findall(r"^FAILED: .*", result.stdout, re.M)
+            if failed and all("fastsep_instructions.dir/main.cpp" in line for line in failed):
+                raise ContractError(f"{source} has another contract:\n{said}")
+            raise RuntimeError(f"{source} does not build here:\n{said}")
     return folder / "fastsep_instructions"
 
 
@@ -106,20 +122,41 @@ def instructions(before: Path, now: Path, console: Console) -> bool:
 
 def times(source: Path, folder: Path, console: Console) -> None:
     """Of the default network, by each checkout's own command, in turn."""
-    files = {}
-    for name, path in (("before", source), ("now", ROOT)):
-        files[name] = folder / f"{name}.json"
-        command = [sys.executable, "-m", "fastsep", "bench", "--json", "--seconds", SECONDS]
-        environment = {**os.environ, "PYTHONPATH": str(path)}
-        result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-        if result.returncode != 0:
-            console.print(f"Times are not compared, {name}: {result.stderr[-2000:]}", markup=False)
-            return
-        files[name].write_text(result.stdout, encoding="utf-8")
+    results: dict[str, list[Report]] = {"before": [], "now": []}
+    for _ in range(PASSES):
+        for name, path in (("before", source), ("now", ROOT)):
+            command = [sys.executable, "-m", "fastsep", "bench", "--json", "--seconds", SECONDS]
+            environment = {**os.environ, "PYTHONPATH": str(path)}
+            result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+            if result.returncode != 0:
+                console.print(f"Times are not compared, {name}: {result.stderr[-2000:]}", markup=False)
+                return
+            file = folder / f"{name}.json"
+            file.write_text(result.stdout, encoding="utf-8")
+            try:
+                results[name].append(compare.read(file))
+            except ValueError as error:
+                console.print(f"Times are not compared: {error}.", markup=False)
+                return
     try:
-        compare.show(*(compare.read(path) for path in files.values()), console)
+        compare.show(pooled(results["before"]), pooled(results["now"]), console)
     except ValueError as error:
         console.print(f"Times are not compared: {error}.", markup=False)
+
+
+def pooled(passes: list[Report]) -> Report:
+    """As one result: means of the medians, and the outermost quartiles, between which all passes lie."""
+    rows = []
+    for same in zip(*(report.rows for report in passes), strict=True):
+        found = {name: [row.times[name] for row in same if name in row.times] for name in same[0].times}
+        rows.append(replace(same[0], times={name: pooled_timing(times) for name, times in found.items()}))
+    return replace(passes[0], rows=rows)
+
+
+def pooled_timing(times: list[Timing]) -> Timing:
+    mean = sum(timing.median for timing in times) / len(times)
+    low, high = min(timing.low for timing in times), max(timing.high for timing in times)
+    return Timing(mean, low, high, sum(timing.rounds for timing in times))
 
 
 def main() -> int:
@@ -152,12 +189,12 @@ def main() -> int:
         subprocess.run(["tar", "-x", "-C", source], input=archive, check=True)
         console.print(f"Compared with {git('log', '-1', '--format=%h %s', full)}")
         try:
-            before = build(source, folder / "build_before", module=True)
-        except RuntimeError as error:  # another contract, which this program does not know
-            console.print(f"Not compared: {error}", markup=False)
-            return 0
-        try:
             now = build(ROOT, folder / "build_now", module=False)
+            try:
+                before = build(source, folder / "build_before", module=True)
+            except ContractError as error:
+                console.print(f"Not compared: {error}", markup=False)
+                return 0
             passed = instructions(before, now, console)
         except RuntimeError as error:
             print(error, file=sys.stderr)

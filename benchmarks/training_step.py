@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,15 +29,38 @@ from rich.table import Table
 from torch import nn
 
 from fastsep._case import LAYOUTS, Case
-from fastsep.bench.arguments import checked, count
+from fastsep.bench.arguments import checked, count, duration
 from fastsep.bench.baselines import two_modules
 from fastsep.bench.contenders import layer
 from fastsep.bench.engine import Local, Race
-from fastsep.bench.layers import load, phase_operations
-from fastsep.bench.machine import Load, fixed_threads, measure_peak
+from fastsep.bench.layers import Network, load, phase_operations
+from fastsep.bench.machine import Load, cores, device_name, fixed_threads, measure_peak, versions
 
+# Of the results, which `benchmarks/update_readme.py` reads. A change of their meaning is another number.
+KIND, FORMAT = "training step", 1
 CONTENDERS = ["fastsep nhwc", "fastsep nchw", "torch nhwc", "torch nchw"]
 STEPS = 3  # of which the peak is taken: the second finds what the first left behind
+
+
+@checked
+def chain(text: str) -> Network:
+    """Layers of which each takes what the one before gives, with at most a max-pool between."""
+    network = load(text)
+    for case in network.layers:
+        if not case.k:
+            raise ValueError(f"must be of whole layers, got {text!r}: {case.name} is a depthwise half alone")
+    for before, case in zip(network.layers, network.layers[1:], strict=False):
+        given, pooled = (
+            (before.k, before.oh, before.ow),
+            (before.k, *((n - 1) // 2 + 1 for n in before.output[2:])),
+        )
+        if (case.c, case.h, case.w) not in (given, pooled):
+            sizes = " x ".join(map(str, given)), " x ".join(map(str, (case.c, case.h, case.w)))
+            raise ValueError(
+                f"must be of layers that follow each other, got {text!r}: {before.name} gives {sizes[0]}, "
+                f"{case.name} takes {sizes[1]}"
+            )
+    return network
 
 
 def body(cases: list[Case], library: str) -> nn.Sequential:
@@ -112,18 +136,21 @@ def measure_memory(cases: list[Case], contender: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument(
-        "network", type=checked(load), help="a name of benchmarks/shapes/, or a file of layers"
-    )
+    parser.add_argument("network", type=chain, help="a name of benchmarks/shapes/, or a file of layers")
     parser.add_argument("--batch", type=count, default=32, help="images (default: %(default)s)")
     parser.add_argument("--threads", type=count, default=1, help="(default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="to measure for (default: %(default)s)")
+    parser.add_argument(
+        "--seconds", type=duration, default=60.0, help="to measure for (default: %(default)s)"
+    )
     parser.add_argument("--layouts", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--memory", choices=CONTENDERS, help=argparse.SUPPRESS)  # a process of its own
     arguments = parser.parse_args()
+    if arguments.threads > cores():
+        print(f"threads must be at most {cores()}, got {arguments.threads}", file=sys.stderr)
+        return 2
     cases = [replace(case, n=arguments.batch) for case in arguments.network.layers]
     with fixed_threads(arguments.threads):
         if arguments.memory:
@@ -132,7 +159,7 @@ def main() -> int:
         contenders = [name for name in CONTENDERS if name.split()[1] in arguments.layouts]
         try:
             result = compare(cases, contenders, arguments)
-        except ArithmeticError as error:
+        except (ArithmeticError, RuntimeError) as error:
             print(error, file=sys.stderr)
             return 1
     if arguments.json:
@@ -142,16 +169,21 @@ def main() -> int:
     return 0
 
 
-def compare(cases: list[Case], contenders: list[str], arguments: argparse.Namespace) -> dict:
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory"]
+def memory_of(contender: str) -> int:
+    """measure_memory() in a process of its own; RuntimeError where that fails."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory", contender]
     # glibc gives freed blocks of this size back, so that what counts is what is in use.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
-    memory = {
-        name: int(
-            subprocess.run([*command, name], check=True, stdout=subprocess.PIPE, env=environment).stdout
-        )
-        for name in contenders
-    }
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if result.returncode != 0:
+        said = result.stderr.strip().splitlines()
+        reason = said[-1] if said else f"the process ended with status {result.returncode}"
+        raise RuntimeError(f"the memory of {contender} was not measured: {reason}")
+    return int(result.stdout)
+
+
+def compare(cases: list[Case], contenders: list[str], arguments: argparse.Namespace) -> dict:
+    memory = {name: memory_of(name) for name in contenders}
     steps = {name: Step(cases, name) for name in dict.fromkeys(["torch nchw", *contenders])}
     verify(steps)
     operations = sum(phase_operations(case, "training") for case in cases)
@@ -167,14 +199,19 @@ def compare(cases: list[Case], contenders: list[str], arguments: argparse.Namesp
         }
         for name in contenders
     }
+    typed = [word for word in sys.argv[1:] if word != "--json"]
     return {
+        "kind": KIND,
+        "format": FORMAT,
         "network": arguments.network.name,
         "batch": arguments.batch,
         "threads": arguments.threads,
-        "torch": torch.__version__,
+        "machine": device_name("cpu"),
+        "versions": versions("cpu"),
         "peak": peak,
         "others": load.others,
         "rows": rows,
+        "command": shlex.join(["python", "benchmarks/training_step.py", *typed]),
     }
 
 

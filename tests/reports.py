@@ -14,8 +14,8 @@ def report(spread=0.0, cores=1.0, **changes):
     line = "name=one c=4 h=3 w=3 k=6 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1"
     seconds = {"fastsep": 1.0, "unfrozen": 2.0, "torch nchw": 4.0, "torch nhwc": 5.0, "onnxruntime": 3.0}
     times = {name: timing(value, spread, cores) for name, value in seconds.items()}
-    row = Row("one", line, times, operations=200.0, bytes=0.0, peak=400.0)
-    cold = replace(row, name="two", bytes=80.0)
+    row = Row("one", line, times, operations=200.0, bytes=80.0, peak=400.0)
+    cold = replace(row, name="two", cold=True)
     asked = {
         "whole": False,
         "phase": "forward",

@@ -38,7 +38,8 @@ def test_the_benchmarks_run(tmp_path):
         *("fastsep nchw", "fastsep nhwc", "torch nchw", "torch nhwc", "compile", "naive")
     }
     information = values[0]["extra_info"]
-    assert information["gflops_per_s"] > 0
+    assert all(value["extra_info"]["gflops_per_s"] > 0 for value in values)
+    assert all(value["extra_info"]["gbytes_per_s"] > 0 for value in values)
     assert 0 < information["share_of_peak"] < 1.1
     assert {"isa", "torch", "fastsep", "threads", "device"} <= set(information)
     assert list(tmp_path.glob("histogram*.svg"))
@@ -52,27 +53,79 @@ def test_the_benchmarks_run(tmp_path):
     ("arguments", "message"),
     [
         ("--networks vgg", "must be one of"),
+        ("--quick --networks vgg", "must be one of"),
         ("--device tpu", "device must be cpu or cuda, got 'tpu'"),
         ("--dtype int8", "dtype must be float32"),
         ("--device cpu --dtype float16", "dtype float16 is measured on cuda"),
         ("--phases sideways", "phase must be one of"),
         ("--threads 999", "threads must be 1 to"),
-        ("--batch 0", "batch must be at least 1, got 0"),
-        ("--seconds nan", "seconds must be a number from 0, got nan"),
-        ("--seconds=-1", "seconds must be a number from 0, got -1.0"),
+        ("--threads two", "threads must be a whole number from 1, got 'two'"),
+        ("--batch 0", "batch must be a whole number from 1, got '0'"),
+        ("--seconds nan", "seconds must be seconds from 0, got 'nan'"),
+        ("--seconds=-1", "seconds must be seconds from 0, got '-1'"),
     ],
 )
 def test_wrong_options_of_the_benchmarks(arguments, message):
     result = run(f"pytest benchmarks -p no:cacheprovider {arguments}")
-    assert result.returncode == 4
+    assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.strip().count("\n") == 0
+
+
+@needs_native
+def test_quick_measures_the_networks_that_are_named():
+    result = run("pytest benchmarks -p no:cacheprovider --quick --networks other --collect-only -q")
+    assert result.returncode == 0, result.stdout
+    found = {line.partition("[")[2].partition("-")[0] for line in result.stdout.splitlines() if "[" in line}
+    assert found == {"other"}
+
+
+PLUGIN = """
+import warnings
+from fastsep.bench import machine, report
+
+peak, fixed = machine.measure_peak, []
+
+def measure_peak(*arguments):
+    warnings.warn("news of torch", UserWarning)
+    return peak(*arguments)
+
+def measure_bandwidth(device):
+    print("bandwidth on", machine.torch.get_num_threads(), "threads", file=open("threads.txt", "w"))
+    return 1e10
+
+def busy(load, *_):
+    load.others = 0.7
+
+machine.measure_peak, machine.measure_bandwidth = measure_peak, measure_bandwidth
+machine.Load.__exit__ = busy
+report.doubts = lambda timing, threads: [f"varies by much on {threads} thread"]
+"""
+
+
+@needs_native
+def test_doubts_and_warnings_of_the_benchmarks_are_printed(tmp_path):
+    """Where pytest captures nothing, and as no error; the bandwidth is that of the threads asked for."""
+    (tmp_path / "plugin.py").write_text(PLUGIN)
+    (tmp_path / "tiny.txt").write_text(f"name=tiny {SMALL}\n")
+    suite = f"pytest {ROOT}/benchmarks -p plugin -p no:cacheprovider --quick --phases forward"
+    options = f"--networks {tmp_path}/tiny.txt --benchmark-json={tmp_path}/result.json"
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    result = run(f"{suite} {options}", cwd=tmp_path, PYTHONPATH=path)
+    assert result.returncode == 0, result.stdout
+    assert "warning: other programs kept 0.7 cores busy meanwhile\n" in result.stdout
+    assert "warning: measure again when the machine is idle; tiny tiny, forward: " in result.stdout
+    assert "varies by much on 1 thread" in result.stdout
+    assert "news of torch" in result.stdout
+    assert (tmp_path / "threads.txt").read_text() == "bandwidth on 1 threads\n"
+    values = json.loads((tmp_path / "result.json").read_text())["benchmarks"]
+    assert all(value["extra_info"]["gbytes_per_s"] > 0 for value in values)
 
 
 def test_benchmarks_without_the_native_module(tmp_path):
     (tmp_path / "missing.py").write_text("from fastsep import _native\n_native.core = None\n")
     result = run("pytest benchmarks -p missing -p no:cacheprovider", PYTHONPATH=f"{tmp_path}:{ROOT}")
-    assert result.returncode == 4
+    assert result.returncode == 2
     assert "the native module is missing" in result.stderr
 
 
@@ -109,9 +162,9 @@ def test_comparing_two_results(tmp_path):
         ('{"rows": []}', "is a result of format 1"),
         (report(batch=2), "the results differ in batch: 1, 2"),
         (replace(report(), rows=report().rows[:1]), "of different layers"),
-        ('{"format": 2, "rows": [{}]}', "is no result"),
+        ('{"format": 3, "rows": [{}]}', "is no result"),
         (b"\xff\xfe\x00", "is no JSON"),
-        ('{"format": 2, "rows": "xy"}', "is no result"),
+        ('{"format": 3, "rows": "xy"}', "is no result"),
         (json.dumps(report().to_json()).replace('"times": {', '"times": [1], "left": {', 1), "is no result"),
         (report(network="other"), "the results differ in network: net, other"),
         (report(whole=True), "the results differ in whole: False, True"),

@@ -186,6 +186,7 @@ def test_wrong_arguments(arguments, message, capsys):
         ),
         (["--whole", "--network", "other"], "network must be one of mobilenet_v1, mobilenet_v2"),
         (["--whole", "--phase", "training"], "a network in one piece is measured in the forward pass"),
+        (["--whole", "--layout", "nchw"], "runs in channels-last, layout nhwc, got layout nchw"),
         (["--plot", "result.jpg"], "plot must end in .pdf, .png, .svg, got 'result.jpg'"),
         (
             ["--json", "nowhere/result.json"],
@@ -270,11 +271,27 @@ def test_bench_writes_all_or_nothing(tmp_path, capsys, monkeypatch):
 @needs_native
 @pytest.mark.parametrize("isa", ["", "scalar"])
 def test_a_result_tells_its_command(isa, tmp_path):
-    typed = f"bench --layer '{SMALL}' --seconds 0 --json"
-    result = run(f"python -m fastsep {typed}", cwd=tmp_path, FASTSEP_ISA=isa)
+    typed = f"bench --layer '{SMALL}' --seconds 0"
+    result = run(f"python -m fastsep {typed} --json", cwd=tmp_path, FASTSEP_ISA=isa)
     assert result.returncode == 0, result.stderr
     made = Report.from_json(json.loads(result.stdout))
     assert made.command == (f"FASTSEP_ISA={isa} " if isa else "") + f"python -m fastsep {typed}"
+
+
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["--json"],
+        ["--json", "-"],
+        ["--json", "a.json", "--csv", "a.csv", "--plot", "a.png"],
+        ["--json=a.json", "--plot=a=b.png"],
+        ["--js", "a.json", "--cs=b"],
+    ],
+)
+def test_where_a_result_goes_is_no_part_of_its_command(targets):
+    before, after = ["bench", "--network", "other"], ["--phase", "training", "--layer", "c=8 h=5"]
+    assert command.without_targets([*before, *targets, *after]) == [*before, *after]
+    assert command.without_targets([*before, *after, *targets]) == [*before, *after]
 
 
 @needs_native

@@ -41,6 +41,14 @@ def test_counts_of_the_papers(file, count, gates):
     assert all("  # " in line for line in lines)
 
 
+@pytest.mark.parametrize("file", layers.names())
+def test_every_line_names_its_layer(file):
+    """The network it is of, too, where the file's first line does not."""
+    lines = (shapes.FOLDER / f"{file}.txt").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ")
+    assert all(len(line.partition("  # ")[2]) > 10 for line in lines[1:])
+
+
 def test_deeplab_is_dilated():
     assert {
         parse_case(str(line)).dh for line in (shapes.FOLDER / "deeplab.txt").read_text().splitlines()[1:]

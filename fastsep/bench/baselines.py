@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._activations import ACTIVATIONS, IN_PLACE
 from .._case import LAYOUTS, Case
-from .._check import Tensors, oracle
+from .._check import Tensors, oracle, oracle_backward
 
 Call = Callable[[Tensor], Tensor]
 
@@ -122,3 +122,11 @@ def compile_frozen(module: nn.Module, x: Tensor) -> Call:
 def naive(case: Case, tensors: Tensors, x: Tensor) -> Tensor:
     """Plain loops in C++, in double."""
     return oracle(case, tensors | {"input": x})
+
+
+def naive_gradients(case: Case, tensors: Tensors, x: Tensor, grad: Tensor) -> list[Tensor]:
+    """Those of a forward and a backward pass of the same, in Case.tensors()' order."""
+    current: Tensors = tensors | {"input": x}
+    oracle(case, current)
+    gradients = oracle_backward(case, current, grad)
+    return given([gradients[name] for name in tensors])

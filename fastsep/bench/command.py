@@ -27,6 +27,7 @@ from .report import Report, Row, write_whole
 from .table import show
 
 DEVICES = ["cpu", "cuda"]
+TARGETS = ["json", "csv", "plot"]  # options that name files
 
 
 @checked
@@ -145,12 +146,31 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.whole:
         if arguments.phase != "forward" or arguments.dtype != "float32":
             raise ValueError("a network in one piece is measured in the forward pass and in float32")
+        if arguments.layout != "nhwc":
+            raise ValueError(
+                f"a network in one piece runs in channels-last, layout nhwc, got layout {arguments.layout}"
+            )
         arguments.module, arguments.size = networks.build((arguments.layer or arguments.network).name)
     elif not (arguments.layer or arguments.network).layers:
         raise ValueError(f"network {arguments.network.name} is measured with --whole")
     if arguments.plot:
         plot.check(arguments.plot)
-    check_targets({option: getattr(arguments, option) for option in ("json", "csv", "plot")})
+    check_targets({option: getattr(arguments, option) for option in TARGETS})
+
+
+def without_targets(typed: list[str]) -> list[str]:
+    """What was typed but for where the result goes, which is nothing of the measurement."""
+    kept, is_target = [], False
+    for word in typed:
+        if is_target and (word == "-" or not word.startswith("-")):
+            is_target = False
+            continue
+        option, equals, _ = word.partition("=")
+        found = len(option) > 2 and any(f"--{target}".startswith(option) for target in TARGETS)
+        is_target = found and not equals
+        if not found:
+            kept.append(word)
+    return kept
 
 
 def check_targets(targets: dict[str, str | Path | None]) -> None:
@@ -204,7 +224,7 @@ def measure(arguments: argparse.Namespace) -> Report:
     )
     forced = os.environ.get("FASTSEP_ISA")
     environment = [f"FASTSEP_ISA={forced}"] if forced else []
-    command = shlex.join([*environment, "python", "-m", "fastsep", *arguments.typed])
+    command = shlex.join([*environment, "python", "-m", "fastsep", *without_targets(arguments.typed)])
     return Report(
         *(network.name, arguments.whole, *asked, isa, device_name(arguments.device), found, bandwidth, rows),
         command=command,
@@ -241,8 +261,8 @@ def measure_layer(
         contenders.verify(task, subjects)
         peak = measure_peak(device, isa, case.dtype, threads)
         times = race({name: subject.contender for name, subject in subjects.items()}, seconds=seconds)
-    moved = traffic(case, phase) if task.is_cold else 0
-    return Row(case.name, format_case(case), times, phase_operations(case, phase), moved, peak)
+    done = phase_operations(case, phase), traffic(case, phase)
+    return Row(case.name, format_case(case), times, *done, peak, task.is_cold)
 
 
 def measure_whole(arguments: argparse.Namespace, name: str, isa: str, remarks: dict[str, None]) -> Row:
@@ -260,7 +280,8 @@ def measure_whole(arguments: argparse.Namespace, name: str, isa: str, remarks: d
             times = race({n: subject.contender for n, subject in subjects.items()}, seconds=arguments.seconds)
     operations = networks.operations(network, x)
     fused = f"{len(found.fused)} of {len(found.candidates)}" if found else ""
-    return Row(name, "", times, operations, 0, peak, fused, found.error if found else None)
+    what = fused, found.error if found else None
+    return Row(name, "", times, operations, 0, peak, False, *what)
 
 
 def _progress(cases: list[Case]) -> list[Case]:

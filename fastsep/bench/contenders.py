@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,72 +13,34 @@ import torch
 from torch import Tensor
 
 from .. import _native
-from .._case import DTYPES, LAYOUTS, Case, format_case
-from .._check import Tensors, error_bound, relative_error
+from .._case import DTYPES, LAYOUTS, Case
+from .._check import Tensors
 from ..functional import depthwise_conv2d
 from ..modules import SeparableConv2d
 from . import peers
-from .baselines import Call, compiled, given, naive, own_parameters, two_convolutions, two_modules
-from .engine import Contender, Local, OnGpu
-from .layers import operations, sizes
-from .machine import last_level_cache
+from .baselines import (
+    Call,
+    compiled,
+    given,
+    naive,
+    naive_gradients,
+    own_parameters,
+    two_convolutions,
+    two_modules,
+)
+from .engine import Local, OnGpu
+from .layers import phase_operations
+from .task import Subject as Subject
+from .task import Task as Task
+from .task import context as context
+from .task import verify as verify
 
 # Plain loops, for a sense of proportion; above this many operations they would take the whole day.
 NAIVE_OPERATIONS = 60e6
-# Copies of an input are made until they exceed the last-level cache so many times, up to so many bytes.
-CACHES, COPIES_BYTES = 2, 1 << 30
 
 TORCH = [f"torch {layout}" for layout in LAYOUTS]
 OWN = ["fastsep", "unfrozen"]
 AGAINST = ["torch", "compile", "naive", *peers.RUNTIMES]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What takes part in a comparison."""
-
-    contender: Contender
-    outputs: Callable[[], Sequence[Tensor]]  # the result, or the gradients that the phase asks for
-
-
-@dataclass(frozen=True)
-class Task:
-    """A layer, what of it is measured, and the numbers that go in."""
-
-    case: Case
-    phase: str
-    device: str
-    threads: int
-    tensors: Tensors
-
-    @classmethod
-    def of(cls, case: Case, phase: str, device: str, threads: int) -> Task:
-        return cls(case, phase, device, threads, case.tensors(device=device))
-
-    @property
-    def input(self) -> Tensor:
-        x = self.tensors["input"]
-        assert x is not None
-        return x
-
-    @property
-    def is_cold(self) -> bool:
-        """Whether a network no longer finds its input in the last-level cache, where it was written."""
-        x, y, _ = sizes(self.case)
-        return x + y > last_level_cache(self.device) / 2
-
-    @property
-    def copies(self) -> int:
-        """Inputs to take in turn."""
-        size = sizes(self.case)[0]
-        if not self.is_cold:
-            return 1
-        return max(1, min(CACHES * last_level_cache(self.device) // size + 1, COPIES_BYTES // size))
-
-
-def context(phase: str) -> AbstractContextManager[Any]:
-    """What the calls of a phase run in."""
-    return torch.inference_mode() if phase == "forward" else nullcontext()
 
 
 def unavailable(name: str, case: Case, phase: str, device: str) -> str:
@@ -88,9 +50,11 @@ def unavailable(name: str, case: Case, phase: str, device: str) -> str:
             return f"{name} takes part in the forward pass, on the CPU, in float32"
         return peers.missing(name)
     if name == "naive":
-        if phase != "forward" or device != "cpu" or DTYPES[case.dtype] not in _native.DTYPES:
-            return "naive takes part in the forward pass, on the CPU, in float32 and float64"
-        if operations(case) > NAIVE_OPERATIONS:
+        if phase not in ("forward", "training"):
+            return "naive takes part in the forward pass and in training"
+        if device != "cpu" or DTYPES[case.dtype] not in _native.DTYPES:
+            return "naive takes part on the CPU, in float32 and float64"
+        if phase_operations(case, phase) > NAIVE_OPERATIONS:
             return f"naive takes part up to {NAIVE_OPERATIONS / 1e6:.0f} million operations"
     if name == "unfrozen" and (phase != "forward" or not case.k):
         return "unfrozen differs from fastsep only in the forward pass of a whole layer"
@@ -116,7 +80,7 @@ def _peer(name: str, task: Task, stack: ExitStack) -> Subject:
 
 def _local(name: str, task: Task) -> Subject:
     call, parameters, layout = _call(name, task)
-    run, outputs = _phase(task, call, parameters, layout)
+    run, outputs = _phase(task, call, parameters, layout, is_naive=name == "naive")
     contender = OnGpu if task.device == "cuda" else Local
     return Subject(contender(run), outputs)
 
@@ -143,12 +107,11 @@ def _call(name: str, task: Task) -> tuple[Call, list[Tensor], str]:
 
 
 def _phase(
-    task: Task, call: Call, parameters: list[Tensor], layout: str
+    task: Task, call: Call, parameters: list[Tensor], layout: str, *, is_naive: bool = False
 ) -> tuple[Callable[[], object], Callable[[], Sequence[Tensor]]]:
     """One call as it is timed, and its results."""
-    phase = task.phase
+    phase, (needs_x, needs_weights) = task.phase, task.needs
     x = task.input.contiguous(memory_format=LAYOUTS[layout])
-    needs_x, needs_weights = phase in ("training", "input-gradient"), phase in ("training", "weight-gradient")
     inputs = [x.clone().requires_grad_(needs_x) for _ in range(task.copies)]
     for parameter in parameters:
         parameter.requires_grad_(needs_weights)
@@ -163,6 +126,8 @@ def _phase(
     if phase == "training":
 
         def step(x: Tensor) -> Sequence[Tensor]:
+            if is_naive:
+                return naive_gradients(task.case, task.tensors, x, grad)
             return torch.autograd.grad(call(x), leaves(x), grad)
 
         return lambda: step(next(turns)), lambda: step(inputs[0])
@@ -201,45 +166,3 @@ def _depthwise_half(case: Case, tensors: Tensors) -> tuple[Call, list[Tensor], s
     assert dw is not None
     options: Any = case.options
     return lambda x: depthwise_conv2d(x, dw, db, **options), given((dw, db)), case.layout
-
-
-def verify(task: Task, subjects: dict[str, Subject]) -> None:
-    """ArithmeticError where a contender differs from torch by more than the rounding of both allows."""
-    expected = [tensor.double() for tensor in subjects["torch nchw"].outputs()]
-    check = _check_forward if task.phase == "forward" else _check_gradients
-    compare = check(task)
-    for name, subject in subjects.items():
-        got = subject.outputs()
-        error = max(compare(value, exact) for value, exact in zip(got, expected, strict=True))
-        if error > 1:
-            line = format_case(task.case)
-            raise ArithmeticError(
-                f"{name} differs from torch by {error:.3g} times what rounding allows: {line}"
-            )
-
-
-def _check_forward(task: Task) -> Callable[[Tensor, Tensor], float]:
-    case = replace(task.case, mid="identity", act="identity")
-    sized: Tensors = {name: None if t is None else t.abs() for name, t in task.tensors.items()}
-    magnitude = two_convolutions(case, *own_parameters(case, sized), phase="forward")(task.input.abs())
-    bound = 2 * error_bound(case, magnitude)
-    if task.device == "cuda" and task.case.dtype == "float32" and torch.backends.cudnn.allow_tf32:
-        bound *= 2**13  # TensorFloat-32 has 10 bits behind the point, float32 has 23
-    return lambda got, expected: relative_error(got.to(expected.device), expected, bound)
-
-
-def _check_gradients(task: Task) -> Callable[[Tensor, Tensor], float]:
-    """By the norm: where an activation bends, rounding alone decides which slope a single number has."""
-    eps = torch.finfo(DTYPES[task.case.dtype]).eps
-    if task.device == "cuda" and task.case.dtype == "float32" and torch.backends.cudnn.allow_tf32:
-        eps *= 2**13
-    bends = any(name in ("relu", "relu6", "leaky_relu", "hardswish", "hardsigmoid")
-                for name in (task.case.mid, task.case.act))  # fmt: skip
-    tolerance = 1e3 * eps + (4 * eps**0.5 if bends else 0.0)
-
-    def compare(got: Tensor, expected: Tensor) -> float:
-        difference = torch.linalg.vector_norm(got.double() - expected)
-        size = torch.linalg.vector_norm(expected)
-        return float((difference / (tolerance * size + 1e-30)).nan_to_num(nan=torch.inf))
-
-    return compare

@@ -135,6 +135,8 @@ def unavailable(name: str, batch: int, device: str) -> str:
     """Why a contender cannot take part; empty where it can."""
     if name == "fastsep" and not hasattr(fastsep, "optimize"):
         return "this version of fastsep has no optimize(), which replaces the layers of a network"
+    if name == "fastsep" and device != "cpu":
+        return "fastsep takes part in whole networks on the CPU: optimize() fuses nothing elsewhere"
     if name == "naive":
         return "naive takes part in single layers"
     if name in peers.RUNTIMES:

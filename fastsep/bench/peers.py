@@ -9,12 +9,13 @@ import importlib.metadata
 import json
 import logging
 import os
+import select
 import subprocess
 import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,6 +33,8 @@ RUNTIMES = {
     "ncnn": ["ncnn", "pnnx"],
 }
 WORKER = Path(__file__).with_name("worker.py")
+# Seconds that a runtime has for an answer. The longest is a large network's compilation, of half a minute.
+DEADLINE = 180.0
 
 
 def missing(runtime: str) -> str:
@@ -126,8 +129,7 @@ class Remote(Contender):
     def __enter__(self) -> Remote:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            with _silence(), torch.no_grad():
-                path = EXPORTERS[self.runtime](self._module.eval(), self._x, folder)
+            path = self._export(folder)
             np.save(folder / "input.npy", self._x.numpy())
             self._log = stack.enter_context((folder / "log").open("w+", encoding="utf-8"))
             arguments = [self.runtime, path, folder / "input.npy", self._threads, self._copies]
@@ -163,25 +165,55 @@ class Remote(Contender):
         self._ask({"output": str(path)})
         return torch.from_numpy(np.load(path))
 
+    def _export(self, folder: Path) -> Path:
+        """RuntimeError in a sentence where the runtime's own exporter fails, in whatever way it does."""
+        try:
+            with _silence(), torch.no_grad():
+                return EXPORTERS[self.runtime](self._module.eval(), self._x, folder)
+        except Exception as error:
+            text = error.stderr if isinstance(error, subprocess.CalledProcessError) else str(error)
+            lines = (text.decode(errors="replace") if isinstance(text, bytes) else text or "").split("\n")
+            said = [line.strip() for line in lines if line.strip()]
+            # A program's last line tells what ended it, an exception's first what is wrong.
+            which = -1 if isinstance(error, subprocess.CalledProcessError) else 0
+            reason = said[which] if said else type(error).__name__
+            raise RuntimeError(f"{self.runtime} does not take the model: {reason}") from error
+
     def _ask(self, request: dict[str, Any]) -> dict[str, float]:
-        print(json.dumps(request), file=self._requests, flush=True)
+        try:
+            print(json.dumps(request), file=self._requests, flush=True)
+        except BrokenPipeError:
+            raise self._ended() from None
         return self._reply()
 
     def _reply(self) -> dict[str, float]:
+        """One line; none is in the stream's buffer, as each request is answered by one."""
+        if not select.select([self._replies], [], [], DEADLINE)[0]:
+            self._process.kill()
+            raise RuntimeError(
+                f"{self.runtime} gave no answer in {DEADLINE:g} seconds: {_last_line(self._log)}"
+            )
         line = self._replies.readline()
         if not line:
-            raise RuntimeError(
-                f"{self.runtime} ended with status {self._process.wait()}: {_last_line(self._log)}"
-            )
+            raise self._ended()
         reply: dict[str, float] = json.loads(line)
         return reply
+
+    def _ended(self) -> RuntimeError:
+        try:
+            status = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:  # it closed its output alone
+            self._process.kill()
+            status = self._process.wait()
+        return RuntimeError(f"{self.runtime} ended with status {status}: {_last_line(self._log)}")
 
 
 def _end(process: subprocess.Popen[str]) -> None:
     """Closes its input, at which it ends, and waits, so that its seconds are counted with ours."""
     for stream in (process.stdin, process.stdout):
         if stream is not None:
-            stream.close()
+            with suppress(BrokenPipeError):  # what it was not there to read
+                stream.close()
     try:
         process.wait(timeout=10)
     except subprocess.TimeoutExpired:

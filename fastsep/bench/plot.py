@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import statistics
+import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .engine import Timing
 from .report import Report, Row, title
 from .table import milliseconds
 
@@ -26,6 +30,10 @@ COLOURS = {
     "naive": "#D9D9D9",
 }
 INK, FAINT = "#22303C", "#8A97A3"
+# Beyond so many layers, those that are equal have one bar.
+MERGED = 14
+# Inches: of the figure at least and at most, and of a letter below the bars.
+NARROWEST, WIDEST, LETTER = 12.0, 18.0, 0.068
 ERROR_BARS = {"elinewidth": 0.8, "ecolor": INK, "alpha": 0.55}
 
 
@@ -39,6 +47,12 @@ def check(path: Path) -> None:
 
 def draw(report: Report, kind: str) -> bytes:
     """The picture, in a format that matplotlib knows."""
+    buffer = io.BytesIO()
+    figure(report).savefig(buffer, format=kind)
+    return buffer.getvalue()
+
+
+def figure(report: Report) -> Any:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -48,29 +62,56 @@ def draw(report: Report, kind: str) -> bytes:
         "axes.spines.right": False,
         "axes.edgecolor": FAINT,
     }
+    one, (bars, labels) = len(report.rows) == 1, _bars_of(report)
+    width = 8.5 if one else min(WIDEST, max(NARROWEST, _needed(labels)))
     with mpl.rc_context(style):
-        one = len(report.rows) == 1
-        figure = Figure(
-            figsize=(8.5, 4.6) if one else (12, 8.4), dpi=160, layout="constrained", facecolor="white"
-        )
-        layout: Any = figure.get_layout_engine()
+        made = Figure(figsize=(width, 4.6 if one else 8.4), dpi=160, layout="constrained", facecolor="white")
+        layout: Any = made.get_layout_engine()
         layout.set(hspace=0.08, h_pad=0.12, w_pad=0.12)
         what, where = title(report)
-        figure.suptitle(_headline(report), x=0.012, ha="left", fontsize=16, fontweight="bold", color=INK)
-        where = textwrap.fill(where, 100 if one else 170)
-        figure.text(0.012, 0.004, f"{what}\n{where}", fontsize=8.5, color=FAINT, va="bottom")
+        made.suptitle(_headline(report), x=0.012, ha="left", fontsize=16, fontweight="bold", color=INK)
+        where = textwrap.fill(where, round(width * (12 if one else 14)))
+        made.text(0.012, 0.004, f"{what}\n{where}", fontsize=8.5, color=FAINT, va="bottom")
         if one:
-            _times(report, figure.subplots())
+            _times(report, made.subplots())
         else:
-            above, below = figure.subplots(2, 1, height_ratios=[1.15, 1])
-            _bars(report, above)
+            above, below = made.subplots(2, 1, height_ratios=[1.15, 1])
+            _bars(report, bars, labels, width, above)
             _sizes(report, below)
         lines = 2 + where.count("\n")
         bottom = lines * (0.032 if one else 0.019) + 0.012
         layout.set(rect=(0, bottom, 1, 1 - bottom))
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind)
-    return buffer.getvalue()
+    return made
+
+
+def _bars_of(report: Report) -> tuple[list[Row], list[list[str]]]:
+    """What has bars of its own, and the lines below each: layers, or where there are many, kinds of them."""
+    kinds: dict[object, list[Row]] = {}
+    for row in report.rows:
+        case = row.case
+        same = case is not None and len(report.rows) > MERGED
+        kinds.setdefault((case.problem, case.db, case.b) if case and same else len(kinds), []).append(row)
+    rows, counts = [_merged(same) for same in kinds.values()], [len(same) for same in kinds.values()]
+
+    def labels(room: int) -> list[list[str]]:
+        return [_label(row, count, room) for row, count in zip(rows, counts, strict=True)]
+
+    broken = labels(max(8, int(NARROWEST / (len(rows) + 1) / LETTER) - 1))
+    return rows, broken if _needed(broken) <= WIDEST else labels(sys.maxsize)
+
+
+def _merged(rows: list[Row]) -> Row:
+    """Equal layers as one: the median of their medians, and the outermost of their quartiles."""
+    if len(rows) == 1:
+        return rows[0]
+    times = {}
+    for name in rows[0].times:
+        all_ = [row.times[name] for row in rows if name in row.times]
+        low, high = min(t.low for t in all_), max(t.high for t in all_)
+        times[name] = Timing(
+            statistics.median(t.median for t in all_), low, high, sum(t.rounds for t in all_)
+        )
+    return replace(rows[0], times=times)
 
 
 def _headline(report: Report) -> str:
@@ -97,17 +138,19 @@ def _rates(row: Row, name: str) -> tuple[float, float, float]:
     return median, high - median, median - low
 
 
-def _bars(report: Report, axes: Any) -> None:
+def _bars(report: Report, rows: list[Row], labels: list[list[str]], width: float, axes: Any) -> None:
     names = _shown(report)
-    width = 0.84 / len(names)
+    thickness = 0.84 / len(names)
     for i, name in enumerate(names):
-        at = [r + (i - (len(names) - 1) / 2) * width for r in range(len(report.rows))]
-        heights, above, below = zip(*(_rates(row, name) for row in report.rows), strict=True)
+        at = [r + (i - (len(names) - 1) / 2) * thickness for r in range(len(rows))]
+        heights, above, below = zip(*(_rates(row, name) for row in rows), strict=True)
         spreads = below, above
         axes.bar(
-            at, heights, width * 0.94, color=COLOURS[name], label=name, yerr=spreads, error_kw=ERROR_BARS
+            at, heights, thickness * 0.94, color=COLOURS[name], label=name, yerr=spreads, error_kw=ERROR_BARS
         )
-    for r, row in enumerate(report.rows):
+    room = width / (len(rows) + 1)  # of a layer, in inches
+    size = min(9.0, room * 72 / 3.6)  # five letters as wide as 0.6 of their height, and a space
+    for r, row in enumerate(rows):
         roof = row.operations / row.roof(report.bandwidth) / 1e9
         axes.plot(
             [r - 0.46, r + 0.46],
@@ -119,37 +162,65 @@ def _bars(report: Report, axes: Any) -> None:
         )
         if (speedup := row.speedup()) is not None:
             axes.text(
-                r, roof * 1.015, f"{speedup:.2f}\u00d7", ha="center", va="bottom", fontsize=9, color=INK
+                *(r, roof * 1.015, f"{speedup:.2f}\u00d7"),
+                ha="center",
+                va="bottom",
+                color=INK,
+                fontsize=max(size, 6.0),
+                rotation=0 if size >= 6 else 90,
             )
-    axes.set_xticks(range(len(report.rows)), [_label(row) for row in report.rows], fontsize=8)
+    upright = width >= _needed(labels)
+    axes.set_xticks(
+        range(len(rows)),
+        [("\n" if upright else "  ").join(label) for label in labels],
+        fontsize=8 if upright else min(8.0, room * 72 / 1.4),
+        rotation=0 if upright else 90,
+    )
     axes.tick_params(length=0)
     axes.set_ylabel("GFLOP/s")
-    axes.set_xlim(-0.6, len(report.rows) - 0.4)
-    axes.margins(y=0.1)
+    axes.set_xlim(-0.6, len(rows) - 0.4)
+    axes.margins(y=0.1 if size >= 6 else 0.2)
     axes.set_title(
         "Arithmetic per second, and over each layer the speedup over torch",
         loc="left",
         fontsize=10,
         color=INK,
+        pad=6 if len(names) <= 4 else 26,  # above the legend, where that needs the width
     )
     axes.legend(ncols=len(names) + 1, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), fontsize=9)
 
 
-def _label(row: Row) -> str:
+def _needed(labels: list[list[str]]) -> float:
+    """Inches in which labels have room beside each other, with a letter between them."""
+    longest = max((len(line) for label in labels for line in label), default=0)
+    return (len(labels) + 1) * (longest + 1) * LETTER
+
+
+def _label(row: Row, count: int, room: int) -> list[str]:
+    """Lines: the name, broken where it has more letters than there is room for; kernel, channels, size."""
+    name, line = [], ""
+    for part in row.name.replace("/", "/\0").replace(".", ".\0").split("\0"):
+        if line and len(line) + len(part) > room:
+            name.append(line)
+            line = ""
+        line += part
+    name.append(line)
     case = row.case
     if case is None:
-        return str(row.name)
+        return name
     stride = f"/{case.sh}" if case.sh > 1 else ""
     dilation = f" d{case.dh}" if case.dh > 1 else ""
-    kernel, channels = (
+    return [
+        *name,
         f"{case.kh}\u00d7{case.kw}{stride}{dilation}",
         f"{case.c}\u2192{case.k or case.c * case.m}",
-    )
-    return f"{row.name}\n{kernel}\n{channels}\n{case.h}\u00d7{case.w}"
+        f"{case.h}\u00d7{case.w}",
+        *([f"{count} layers"] if count > 1 else []),
+    ]
 
 
 def _sizes(report: Report, axes: Any) -> None:
-    from matplotlib.ticker import ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, NullLocator
 
     for name in reversed(_shown(report)):
         points = sorted(
@@ -162,16 +233,28 @@ def _sizes(report: Report, axes: Any) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     for axis in (axes.xaxis, axes.yaxis):
-        for formatter in (axis.set_major_formatter, axis.set_minor_formatter):
-            formatter(ScalarFormatter())
-        axis.set_tick_params(which="both", labelsize=8)
-    axes.grid(which="both", color="#E6EAED", lw=0.7)
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(_ticks(high / low))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.10g}"))
+        axis.set_minor_locator(NullLocator())
+        axis.set_tick_params(labelsize=8)
+    axes.grid(color="#E6EAED", lw=0.7)
     axes.set_axisbelow(True)
     axes.set_xlabel("million operations of a layer")
     axes.set_ylabel("milliseconds")
     axes.set_title(
         "Time against size: the nearer to the line, the less is wasted", loc="left", fontsize=10, color=INK
     )
+
+
+def _ticks(span: float) -> Any:
+    """Of a logarithmic axis whose ends are so far apart, as many as there is room for."""
+    from matplotlib.ticker import LogLocator, MaxNLocator
+
+    if span < 4:
+        return MaxNLocator(6, steps=[1, 2, 5, 10])
+    subs = (1, 2, 3, 4, 5, 6, 8) if span < 10 else (1, 2, 5) if span < 1e5 else (1,)
+    return LogLocator(subs=subs, numticks=100)
 
 
 def _times(report: Report, axes: Any) -> None:

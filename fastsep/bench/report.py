@@ -6,17 +6,17 @@ import csv
 import io
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .._case import LAYOUTS, Case, parse_case
 from .engine import Timing, doubts, geometric_mean
 from .machine import Roof
 
 # Of the files. A change of their meaning is another number.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class Row:
     line: str  # the case; empty for a whole network
     times: dict[str, Timing]  # of each contender
     operations: float  # that fastsep takes
-    bytes: float  # moved past the caches; 0 where they hold all
+    bytes: float  # that a call moves at least, through caches or past them; 0 of a whole network
     peak: float  # operations per second that the threads in use could do
+    cold: bool = False  # whether the last-level cache does not hold them, so that memory is a roof, too
     fused: str = ""  # of a whole network: how many of its depthwise convolutions optimize() fused
     error: float | None = None  # and how far the largest output moved by that, relative to itself
 
@@ -64,7 +65,32 @@ class Row:
         """That least time in seconds."""
         if bandwidth is None:
             return self.operations / self.peak
-        return Roof(self.peak, bandwidth).seconds(self.operations, self.bytes)
+        return Roof(self.peak, bandwidth).seconds(self.operations, self.bytes if self.cold else 0)
+
+
+class Doubt(NamedTuple):
+    """Why a time is not to be trusted."""
+
+    spread: float
+    text: str
+
+
+def doubts_of(what: str, times: Mapping[str, Timing], threads: int) -> list[Doubt]:
+    """Those of a comparison on the CPU."""
+    return [
+        Doubt(timing.spread, f"{what}: {name} {why}")
+        for name, timing in times.items()
+        for why in doubts(timing, threads)
+    ]
+
+
+def warnings(found: Iterable[Doubt]) -> list[str]:
+    """One that names the worst, if there are any."""
+    worst = sorted(found, key=lambda doubt: -doubt.spread)
+    if not worst:
+        return []
+    more = f", and {len(worst) - 3} more" if len(worst) > 3 else ""
+    return [f"measure again when the machine is idle; {'; '.join(doubt.text for doubt in worst[:3])}{more}"]
 
 
 @dataclass(frozen=True)
@@ -117,25 +143,14 @@ class Report:
     @property
     def warnings(self) -> list[str]:
         """Why the times are not to be trusted: the worst of them, by name."""
-        found = [
-            (row, name, why)
-            for row in self.rows
-            for name in self.contenders
-            for why in self._doubts(row, name)
-        ]
-        if not found:
+        return warnings(doubt for row in self.rows for doubt in self.doubts(row))
+
+    def doubts(self, row: Row) -> list[Doubt]:
+        """Those of a row; on a GPU, whose events time it alone, the processor's other work is none."""
+        if self.device != "cpu":
             return []
-        worst = [f"{row.name}: {name} {why}" for row, name, why in sorted(found, key=self._severity)[:3]]
-        more = f", and {len(found) - 3} more" if len(found) > 3 else ""
-        return [f"measure again when the machine is idle; {'; '.join(worst)}{more}"]
-
-    def _severity(self, found: tuple[Row, str, str]) -> float:
-        timing = found[0].time(found[1])
-        return -timing.spread if timing else 0.0
-
-    def _doubts(self, row: Row, name: str) -> list[str]:
-        timing = row.time(name)
-        return doubts(timing, self.threads) if timing and self.device == "cpu" else []
+        times = {name: timing for name in self.contenders if (timing := row.time(name))}
+        return doubts_of(row.name, times, self.threads)
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
@@ -172,7 +187,7 @@ class Report:
         what = self.network, self.phase, self.batch, self.threads, self.dtype, self.device, self.isa
         for row in self.rows:
             for name, t in row.times.items():
-                rates = row.operations / t.median / 1e9, row.bytes / t.median / 1e9
+                rates = row.operations / t.median / 1e9, row.bytes / t.median / 1e9 if row.bytes else ""
                 shares = row.share_of_peak(name), row.share_of_roof(self.bandwidth, name)
                 numbers = t.median, t.low, t.high, t.rounds, t.cores
                 writer.writerow([*what, row.name, name, *numbers, *rates, *shares, row.line])
