@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain, repeat
@@ -195,14 +196,21 @@ class Forward:
             or torch._C._get_tracing_state() is not None
         )
 
-    # What exporters and torch.jit.script ask of a function is the own forward's: __signature__, __code__,
-    # __wrapped__, from which they come to its source, and so on.
+    # What exporters ask of a function.
 
-    def __getattr__(self, name: str) -> Any:
-        if "root" not in self.__dict__:  # of a copy that is being made
-            raise AttributeError(name)
-        forward = type(self.root).forward.__get__(self.root)
-        return forward if name == "__wrapped__" else getattr(forward, name)
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(type(self.root).forward.__get__(self.root))
+
+    @property
+    def __code__(self) -> Any:
+        forward: Any = inspect.unwrap(type(self.root).forward)
+        return forward.__code__
+
+    @property
+    def __globals__(self) -> Any:
+        """torch.jit.script asks for them first, and then for source code."""
+        raise AttributeError("an optimized model cannot be scripted: revert() it, or use torch.jit.trace")
 
     # The module's `_apply`, which to() and its like call: it can put other numbers where the weights were.
 
