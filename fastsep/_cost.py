@@ -162,8 +162,8 @@ def cost(
     (53952, 1228800, 0.0439)
 
     Bytes are those of the layer's input, output and weights; fused, what lies between the halves of a
-    separable convolution, or before it where it is "expanded", is not among them. Nothing runs: the layers are
-    called without data.
+    separable convolution, or before it where it is "expanded", is not among them. Nothing runs: the layers
+    are called without data.
 
     model: an nn.Module, a network or one layer. A pointwise convolution that is called next after a depthwise
         one, on as many channels and pixels as that one makes, counts as a separable convolution with it.

@@ -95,7 +95,7 @@ def test_mobilenet_v2_is_torchvisions():
 
 
 def test_xception_is_timms():
-    """The same weights give the same result, without theirs and our way to pad and pool in between."""
+    """The same weights give the same result."""
     theirs = network("timm/legacy_xception")
     ours = models.Xception().eval()
     by_shape = [sorted(tuple(v.shape) for v in model.state_dict().values()) for model in (ours, theirs)]
@@ -108,18 +108,19 @@ def test_xception_is_timms():
 
 def load_in_order_of_calls(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> None:
     """Both call the same layers, but their children are in another order."""
-    called = []
-    for model in (ours, theirs):
-        names: list[nn.Module] = []
-        layers = nn.Conv2d, nn.BatchNorm2d, nn.Linear
-        hooks = [m.register_forward_hook(lambda m, *_: names.append(m)) for m in model.modules() if isinstance(m, layers)]
-        with torch.no_grad():
-            model(x)
-        for hook in hooks:
-            hook.remove()
-        called.append(names)
-    for mine, its in zip(*called, strict=True):
+    for mine, its in zip(layers_called(ours, x), layers_called(theirs, x), strict=True):
         mine.load_state_dict(its.state_dict())
+
+
+def layers_called(model: nn.Module, x: torch.Tensor) -> list[nn.Module]:
+    called: list[nn.Module] = []
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(lambda layer, *_: called.append(layer)) for layer in layers]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return called
 
 
 def test_multimodel_block_by_its_formula():

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 import torch
-from commands import run
+from commands import ROOT, run
 from optimizing import Block, X, made, settled
 from torch import nn
 
@@ -124,6 +124,22 @@ def test_new_weights_are_not_traced_again(pair, monkeypatch, native_steps):
             one.pointwise.weight.mul_(2)
     torch.testing.assert_close(settled(copied), model(X).detach(), rtol=1e-4, atol=1e-5)
     assert native_steps
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "torchvision/mobilenet_v3_large"])
+def test_networks_on_every_instruction_set(name, isa):
+    """With two threads, and on channels-last input, whose format the result keeps."""
+    program = (
+        "import sys, torch, fastsep; from networks import network; torch.set_num_threads(2); "
+        "model = network(sys.argv[1]); x = torch.randn(2, 3, 64, 65).to(memory_format=torch.channels_last); "
+        "optimized = fastsep.optimize(model, x); torch.set_grad_enabled(False); expected = model(x); "
+        "limit = 1e-5 * expected.abs().max().item(); "
+        "torch.testing.assert_close(optimized(x), expected, rtol=0, atol=limit); "
+        "torch.testing.assert_close(optimized(x.contiguous()), expected, rtol=0, atol=limit); "
+        "print(fastsep._native.core.last_isa(), fastsep.report(optimized).error < 1e-5)"
+    )
+    result = run(f'python -c "{program}" {name}', FASTSEP_ISA=isa, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    assert result.stdout.split() == [isa, "True"], result.stderr
 
 
 def test_unpickling_in_another_process(tmp_path):
