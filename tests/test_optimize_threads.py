@@ -6,6 +6,7 @@ import copy
 import pickle
 import random
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def test_first_calls_of_copies(how, chain):
     """torch.fx patches nn.Module while it traces: one thread at a time, and others do not notice."""
     call, getattribute = nn.Module.__call__, nn.Module.__getattr__
     for _ in range(3):
-        for result in together(*[lambda copied=how(chain[1]): copied(X) for _ in range(4)]):
+        for result in together(*[partial(how(chain[1]), X) for _ in range(4)]):
             torch.testing.assert_close(result, chain[2], rtol=1e-4, atol=1e-5)
     assert nn.Module.__call__ is call
     assert nn.Module.__getattr__ is getattribute
@@ -149,7 +150,8 @@ def test_unpickling_in_another_process(tmp_path):
     program = (
         "import sys, torch, fastsep; model, x, expected = torch.load(sys.argv[1], weights_only=False); "
         "torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5); "
-        "assert model.__dict__['forward']._plans[0].graph is not None; print(len(fastsep.report(model).fused))"
+        "assert model.__dict__['forward']._plans[0].graph is not None; "
+        "print(len(fastsep.report(model).fused))"
     )
     result = run(f'python -c "{program}" {tmp_path / "model.pt"}')
     assert (result.returncode, result.stdout.strip()) == (0, "1"), result.stderr
