@@ -231,7 +231,7 @@ def test_command():
 def test_command_as_json():
     result = run("python -m fastsep cost sepcnn_torch --input 3x16x16 --machine avx2 --json")
     costs = json.loads(result.stdout)
-    assert [layer["kind"] for layer in costs["layers"]] == ["dense", *["separable"] * 3, "linear"]
+    assert [layer["kind"] for layer in costs["layers"]] == ["expanded", *["separable"] * 2, "linear"]
     assert costs["layers"][0]["predicted_seconds"] > 0
 
 
