@@ -147,21 +147,21 @@ class Forward:
         fits = not kwargs and len(args) == len(self.names) and not any(_GLOBAL_HOOKS)
         if fits and (self._is_training(args) if self.mode == "training" else self._is_plain_inference(args)):
             plan = self._plan()
-        if (
-            plan is None
-            or plan.graph is None
-            or (self.mode == "inference" and torch.is_grad_enabled() and plan.state.requires_grad())
-        ):
+        if plan is None or plan.graph is None:
             return type(self.root).forward(self.root, *args, **kwargs)
         return _run(plan, args)
 
     def _plan(self) -> Plan | None:
-        """The plan for the module's present state. A new state has to be seen twice before one is made, for
-        it may last for one call only, as in torch.func.functional_call."""
+        """The plan for the module's present state; None where its tensors want gradients of inference. A new
+        state has to be seen twice before a plan is made, for it may last for one call only, as in
+        torch.func.functional_call."""
         plans, seen = self._plans, self._seen  # once, for other threads set them, too
+        watched = self.mode == "inference" and torch.is_grad_enabled()
         for plan in plans:
             if plan.state.holds():
-                return plan
+                return None if watched and plan.state.requires_grad() else plan
+        if watched and any(map(_requires_grad, self.root.parameters())):
+            return None
         if plans and not (seen is not None and seen.holds()):
             self._seen = State(self.root, weights=self.mode == "inference")
             return None
