@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _native
+from ._optimize import optimize
 from .modules import SeparableConv2d
 
 Size = tuple[int, ...]
@@ -52,10 +54,14 @@ def measured_machine() -> Machine:
 
 @dataclass
 class LayerCost:
-    """A convolution or linear layer, or a pointwise convolution and the depthwise one directly before it."""
+    """A convolution or linear layer, or a pointwise convolution and the depthwise one directly before it.
+
+    "expanded" is such a pair behind what fastsep.optimize takes in: the expanding 1 x 1 convolution of an
+    inverted residual, or the first convolution on an image.
+    """
 
     name: str
-    kind: str  # "separable", "depthwise", "dense" or "linear"
+    kind: str  # "separable", "expanded", "depthwise", "dense" or "linear"
     input_size: Size  # [N, C, H, W], or [N, C] of a linear layer
     output_size: Size
     multiply_adds: int
@@ -63,9 +69,12 @@ class LayerCost:
     bytes_unfused: int
     bytes_fused: int
     dense_multiply_adds: int  # of one dense convolution in the place of both halves
+    dense_parameters: int = 0
+    dense_bytes: int = 0
     ratio: float | None = None  # of a separable one to that: 1/N + 1/k^2
     predicted_seconds: float | None = None
     measured_seconds: float | None = None
+    dense_predicted_seconds: float | None = None
     bytes_per_element: int = 4
     parts: list[nn.Module] = field(default_factory=list, repr=False)
 
@@ -102,6 +111,15 @@ class Cost:
         return int(self._sum("dense_multiply_adds"))
 
     @property
+    def dense_parameters(self) -> int:
+        """Of the twin's layers, without norms."""
+        return int(self._sum("dense_parameters"))
+
+    @property
+    def dense_bytes(self) -> int:
+        return int(self._sum("dense_bytes"))
+
+    @property
     def bytes_unfused(self) -> int:
         return int(self._sum("bytes_unfused"))
 
@@ -112,6 +130,11 @@ class Cost:
     @property
     def predicted_seconds(self) -> float | None:
         seconds: float | None = self._sum("predicted_seconds") if self.layers else None
+        return seconds
+
+    @property
+    def dense_predicted_seconds(self) -> float | None:
+        seconds: float | None = self._sum("dense_predicted_seconds") if self.layers else None
         return seconds
 
     @property
@@ -139,7 +162,8 @@ def cost(
     (53952, 1228800, 0.0439)
 
     Bytes are those of the layer's input, output and weights; fused, what lies between the halves of a
-    separable convolution is not among them. Nothing runs: the layers are called without data.
+    separable convolution, or before it where it is "expanded", is not among them. Nothing runs: the layers
+    are called without data.
 
     model: an nn.Module, a network or one layer. A pointwise convolution that is called next after a depthwise
         one, on as many channels and pixels as that one makes, counts as a separable convolution with it.
@@ -164,8 +188,10 @@ def cost(
     layers = _pair_up(_calls(model, size))
     for layer in layers:
         if machine is not None:
-            layer.predicted_seconds = machine.seconds(
-                layer.multiply_adds, layer.bytes_fused, layer.bytes_per_element
+            size_of = layer.bytes_per_element
+            layer.predicted_seconds = machine.seconds(layer.multiply_adds, layer.bytes_fused, size_of)
+            layer.dense_predicted_seconds = machine.seconds(
+                layer.dense_multiply_adds, layer.dense_bytes, size_of
             )
         if measure:
             layer.measured_seconds = _measure(layer)
@@ -227,7 +253,9 @@ def _cost_of(name: str, layer: Any, x: Tensor, y: Tensor) -> LayerCost:
     moved = (x.numel() + y.numel() + weights) * size
     sizes = tuple(x.shape), tuple(y.shape)
     return LayerCost(
-        *(name, kind, *sizes, macs, weights, moved, moved, macs), bytes_per_element=size, parts=[layer]
+        *(name, kind, *sizes, macs, weights, moved, moved, macs, weights, moved),
+        bytes_per_element=size,
+        parts=[layer],
     )
 
 
@@ -235,12 +263,15 @@ def _cost_of_pair(name: str, depthwise: Any, pointwise: Any, x: Tensor, y: Tenso
     inner, pixels = pointwise.in_channels, y.numel() // y.shape[1]
     taps, outputs = depthwise.weight[0].numel(), pointwise.out_channels
     weights = sum(p.numel() for half in (depthwise, pointwise) for p in half.parameters())
+    dense = depthwise.in_channels * taps * outputs + (0 if pointwise.bias is None else outputs)
     fused = (x.numel() + y.numel() + weights) * x.element_size()
     return LayerCost(
         *(name, "separable", tuple(x.shape), tuple(y.shape), pixels * inner * (taps + outputs), weights),
         bytes_unfused=fused + 2 * pixels * inner * x.element_size(),
         bytes_fused=fused,
         dense_multiply_adds=pixels * depthwise.in_channels * taps * outputs,
+        dense_parameters=dense,
+        dense_bytes=(x.numel() + y.numel() + dense) * x.element_size(),
         ratio=separable_ratio(taps, outputs, inner // depthwise.in_channels),
         bytes_per_element=x.element_size(),
         parts=[depthwise, pointwise],
@@ -256,14 +287,51 @@ def _pair_up(calls: list[LayerCost]) -> list[LayerCost]:
     layers: list[LayerCost] = []
     for call in calls:
         before = layers[-1] if layers else None
-        if before is None or before.kind != "depthwise" or not _is_pointwise_behind(before, call):
+        if before is not None and before.kind == "depthwise" and _is_pointwise_behind(before, call):
+            dtype: Any = call.parts[0].weight.dtype
+            sizes = before.input_size, call.output_size
+            x, y = (torch.empty(size, dtype=dtype, device="meta") for size in sizes)
+            layers[-1] = _cost_of_pair(before.name, before.parts[0], call.parts[0], x, y)
+        else:
             layers.append(call)
-            continue
-        dtype: Any = call.parts[0].weight.dtype
-        x, y = (torch.empty(s, dtype=dtype, device="meta") for s in (before.input_size, call.output_size))
-        pair = _cost_of_pair(before.name, before.parts[0], call.parts[0], x, y)
-        layers[-1] = pair
+        if len(layers) > 1 and _is_expansion_before(*layers[-2:]):
+            layers[-2:] = [_behind(*layers[-2:])]
     return layers
+
+
+# Of the dense convolutions with larger kernels only those on images go before a pair, as in fastsep.optimize.
+_LARGEST_IMAGE = 4
+
+
+def _is_expansion_before(before: LayerCost, pair: LayerCost) -> bool:
+    conv: Any = before.parts[0]
+    if before.kind != "dense" or pair.kind != "separable" or before.output_size != pair.input_size:
+        return False
+    depthwise = getattr(pair.parts[0], "depthwise", pair.parts[0])
+    plain = conv.groups == 1 and conv.padding_mode == "zeros" and conv.dilation == (1, 1)
+    if not plain or depthwise.out_channels != depthwise.in_channels:
+        return False
+    pointwise = conv.kernel_size == (1, 1) and before.input_size[2:] == before.output_size[2:]
+    return pointwise or conv.in_channels <= _LARGEST_IMAGE
+
+
+def _behind(expand: LayerCost, pair: LayerCost) -> LayerCost:
+    """A pair and what goes before it as one layer: fused, what is between is neither written nor read."""
+    between = 2 * math.prod(pair.input_size) * pair.bytes_per_element
+    macs = expand.multiply_adds + pair.multiply_adds
+    dense = expand.dense_multiply_adds + pair.dense_multiply_adds
+    return LayerCost(
+        *(expand.name, "expanded", expand.input_size, pair.output_size, macs),
+        parameters=expand.parameters + pair.parameters,
+        bytes_unfused=expand.bytes_unfused + pair.bytes_unfused,
+        bytes_fused=expand.bytes_fused + pair.bytes_fused - between,
+        dense_multiply_adds=dense,
+        dense_parameters=expand.dense_parameters + pair.dense_parameters,
+        dense_bytes=expand.dense_bytes + pair.dense_bytes,
+        ratio=macs / dense,
+        bytes_per_element=pair.bytes_per_element,
+        parts=[*expand.parts, *pair.parts],
+    )
 
 
 def _is_pointwise_behind(before: LayerCost, call: LayerCost) -> bool:
@@ -277,7 +345,11 @@ def _measure(layer: LayerCost) -> float:
     """Seconds of a layer with random weights, its norms and activations left out."""
     module: Any
     parts: list[Any] = [copy.deepcopy(part).to_empty(device="cpu") for part in layer.parts]
-    if len(parts) == 2:
+    if layer.kind == "expanded":
+        for part in parts:
+            part.reset_parameters()
+        module = optimize(nn.Sequential(*parts).eval(), verify=False)
+    elif len(parts) == 2:
         first, second = parts
         module = SeparableConv2d(
             *(first.in_channels, second.out_channels, first.kernel_size, first.stride, first.padding),

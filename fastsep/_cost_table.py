@@ -19,7 +19,7 @@ from ._networks import add_network_argument, load
 def table(costs: Cost) -> str:
     text = io.StringIO()
     console = Console(file=text, width=200, color_system=None)
-    separable = [layer for layer in costs.layers if layer.kind == "separable"]
+    separable = [layer for layer in costs.layers if layer.kind in ("separable", "expanded")]
     size = " x ".join(map(str, costs.input_size))
     console.print(
         f"{costs.model} on {size}: {_millions(costs.multiply_adds)} multiply-adds, "
@@ -32,7 +32,9 @@ def table(costs: Cost) -> str:
         ratio = costs.multiply_adds / costs.dense_multiply_adds
         console.print(
             f"Dense twin: {_millions(costs.dense_multiply_adds)} multiply-adds; the ratio is {ratio:.4f}. "
-            "A separable layer's is 1/N + 1/k^2.",
+            "A separable layer's is 1/N + 1/k^2. "
+            f"The twin's layers have {_millions(costs.dense_parameters)} parameters and move "
+            f"{costs.dense_bytes / 1e6:.2f} MB{_seconds_of_twin(costs)}.",
             soft_wrap=True,
             highlight=False,
         )
@@ -53,8 +55,9 @@ def _rows(costs: Cost) -> Table:
         LayerCost(
             *("", "", (), (), costs.multiply_adds, sum(layer.parameters for layer in costs.layers)),
             *(costs.bytes_unfused, costs.bytes_fused, costs.dense_multiply_adds),
-            costs.multiply_adds / costs.dense_multiply_adds if costs.layers else None,
-            *(costs.predicted_seconds, costs.measured_seconds),
+            ratio=costs.multiply_adds / costs.dense_multiply_adds if costs.layers else None,
+            predicted_seconds=costs.predicted_seconds,
+            measured_seconds=costs.measured_seconds,
         )
     )
     for title, footer in zip(titles, footers, strict=True):
@@ -73,6 +76,11 @@ def _numbers(layer: LayerCost) -> list[str]:
         *(f"{layer.dense_multiply_adds / 1e6:.1f}", "" if layer.ratio is None else f"{layer.ratio:.4f}"),
         *(f"{seconds * 1e3:.3f}" for seconds in times if seconds is not None),
     ]
+
+
+def _seconds_of_twin(costs: Cost) -> str:
+    seconds = costs.dense_predicted_seconds
+    return "" if seconds is None else f", in {seconds * 1e3:.3f} ms on the same machine"
 
 
 def _millions(count: int) -> str:

@@ -62,7 +62,55 @@ def test_sums_are_those_of_torchs_counter(name):
 
 def test_pairs_are_those_that_can_be_fused():
     kinds = [layer.kind for layer in cost(network("torchvision/mobilenet_v3_large"), (3, 64, 64)).layers]
-    assert (kinds.count("separable"), kinds.count("depthwise")) == (7, 8)
+    fused = kinds.count("separable"), kinds.count("expanded")
+    assert fused == (0, 7)  # behind the stem, and behind an expansion each
+    assert kinds.count("depthwise") == 8
+
+
+def test_inverted_residuals_by_hand():
+    """MobileNetV2: the image's convolution with the first pair, and 16 times 1 x 1, 3 x 3, 1 x 1."""
+    costs = cost(network("mobilenet_v2"))
+    kinds = [layer.kind for layer in costs.layers]
+    assert kinds == ["expanded"] * 17 + ["dense", "linear"]
+    stem, second = costs.layers[:2]
+    plane = 112 * 112
+    assert (stem.input_size, stem.output_size) == ((1, 3, 224, 224), (1, 16, 112, 112))
+    assert stem.parameters == 27 * 32 + 9 * 32 + 32 * 16
+    assert stem.bytes_fused == 4 * (3 * 224 * 224 + 16 * plane + stem.parameters)
+    assert stem.bytes_unfused == stem.bytes_fused + 4 * 2 * 2 * 32 * plane
+    assert stem.multiply_adds == plane * (27 * 32 + 9 * 32 + 32 * 16)
+    # 16 channels become 96 and, on a quarter of the pixels, 24.
+    assert second.parameters == 16 * 96 + 9 * 96 + 96 * 24
+    assert second.multiply_adds == plane * 16 * 96 + plane // 4 * (9 * 96 + 96 * 24)
+    assert second.bytes_fused == 4 * (16 * plane + 24 * plane // 4 + second.parameters)
+    assert second.bytes_unfused == second.bytes_fused + 4 * 2 * (96 * plane + 96 * plane // 4)
+    assert second.dense_multiply_adds == plane * 16 * 96 + plane // 4 * 9 * 96 * 24
+    assert second.ratio == second.multiply_adds / second.dense_multiply_adds
+
+
+def test_what_is_no_expansion():
+    """Of another tensor than an image, strided, grouped, or before a depth multiplier."""
+    pair = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 4, 1)
+    for first in (nn.Conv2d(5, 8, 3), nn.Conv2d(5, 8, 1, 2), nn.Conv2d(4, 8, 1, groups=2)):
+        _, row = cost(nn.Sequential(first, *pair), (first.in_channels, 9, 9)).layers
+        assert row.kind == "separable"
+    layer = SeparableConv2d(8, 4, 3, depth_multiplier=2)
+    assert [row.kind for row in cost(nn.Sequential(nn.Conv2d(5, 8, 1), layer), (5, 9, 9)).layers][
+        1
+    ] == "separable"
+    (row,) = cost(nn.Sequential(nn.Conv2d(5, 8, 1), SeparableConv2d(8, 4, 3)), (5, 9, 9), measure=True).layers
+    assert row.kind == "expanded"
+    assert row.measured_seconds > 0
+
+
+def test_dense_twin():
+    """Its parameters, bytes and time, beside its multiply-adds."""
+    costs = cost(network("mobilenet_v1"), machine=Machine("a", 1e9, 1e9))
+    assert costs.dense_parameters == 29_282_120  # MobileNetV1's published twin, without norms
+    twin = cost(network("mobilenet_v1_dense"), machine=Machine("a", 1e9, 1e9))
+    assert costs.dense_multiply_adds == twin.multiply_adds
+    assert costs.dense_bytes == twin.bytes_unfused
+    assert costs.dense_predicted_seconds == pytest.approx(twin.predicted_seconds)
 
 
 def test_the_model_is_left_alone():
@@ -175,13 +223,15 @@ def test_command():
     lines = result.stdout.splitlines()
     assert lines[0] == "MobileNetV1 on 1 x 3 x 224 x 224: 568.7 M multiply-adds, 4,231,976 parameters"
     assert lines[-1].startswith("Dense twin: 4,867.3 M multiply-adds; the ratio is 0.1168.")
-    assert len([line for line in lines if "separable" in line]) == 14
+    assert len([line for line in lines if "separable" in line]) == 12 + 1
+    assert len([line for line in lines if "expanded" in line]) == 1
+    assert "The twin's layers have 29.3 M parameters and move " in lines[-1]
 
 
 def test_command_as_json():
     result = run("python -m fastsep cost sepcnn_torch --input 3x16x16 --machine avx2 --json")
     costs = json.loads(result.stdout)
-    assert [layer["kind"] for layer in costs["layers"]] == ["dense", *["separable"] * 3, "linear"]
+    assert [layer["kind"] for layer in costs["layers"]] == ["expanded", *["separable"] * 2, "linear"]
     assert costs["layers"][0]["predicted_seconds"] > 0
 
 

@@ -95,10 +95,32 @@ def test_mobilenet_v2_is_torchvisions():
 
 
 def test_xception_is_timms():
+    """The same weights give the same result."""
     theirs = network("timm/legacy_xception")
     ours = models.Xception().eval()
-    shapes = [[tuple(p.shape) for p in model.parameters()] for model in (ours, theirs)]
-    assert sorted(shapes[0]) == sorted(shapes[1])
+    by_shape = [sorted(tuple(v.shape) for v in model.state_dict().values()) for model in (ours, theirs)]
+    assert by_shape[0] == by_shape[1]
+    load_in_order_of_calls(ours, theirs, torch.randn(1, 3, 96, 96))
+    x = torch.randn(2, 3, 75, 83)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
+
+
+def load_in_order_of_calls(ours: nn.Module, theirs: nn.Module, x: torch.Tensor) -> None:
+    """Both call the same layers, but their children are in another order."""
+    for mine, its in zip(layers_called(ours, x), layers_called(theirs, x), strict=True):
+        mine.load_state_dict(its.state_dict())
+
+
+def layers_called(model: nn.Module, x: torch.Tensor) -> list[nn.Module]:
+    called: list[nn.Module] = []
+    layers = [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d, nn.Linear))]
+    hooks = [layer.register_forward_hook(lambda layer, *_: called.append(layer)) for layer in layers]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return called
 
 
 def test_multimodel_block_by_its_formula():

@@ -186,11 +186,26 @@ def test_training_with_a_hook_that_came_later(kind):
         assert len(seen) == count
 
 
-def test_training_of_a_network():
+def test_training_of_a_network(native_calls):
+    """Outputs, gradients and statistics are the model's. (Dropout is off: both would draw other numbers.)"""
     model = network("timm/legacy_xception").train()
     optimized = fastsep.optimize(model, mode="training", verify=False)
     report = fastsep.report(optimized)
     assert len(report.fused) == len(report.candidates) == 34
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(3))
+    results, gradients = [], []
+    for one in (model.double(), optimized.double()):
+        y = one(x.double())
+        y.square().mean().backward()
+        results.append(y.detach())
+        gradients.append({name: parameter.grad for name, parameter in one.named_parameters()})
+    assert len(native_calls) == 34
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-12)
+    for name, expected in gradients[0].items():
+        limit = 1e-9 * expected.abs().max().item()
+        torch.testing.assert_close(gradients[1][name], expected, rtol=0, atol=limit, msg=name)
+    for name, expected in model.named_buffers():
+        torch.testing.assert_close(optimized.get_buffer(name), expected, rtol=1e-9, atol=1e-12, msg=name)
 
 
 class Noisy(Block):

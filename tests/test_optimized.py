@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import sys
+import time
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 import fastsep
 from fastsep import _native
 from fastsep._case import parse_case
+from fastsep._optimize.plans import Maker
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="the native module is missing")
 
@@ -89,6 +91,20 @@ def test_parameters_that_are_thawed_get_gradients(pair):
     assert optimized.pointwise.weight.grad is not None
 
 
+def test_no_plans_for_weights_that_train(pair, monkeypatch):
+    model, optimized = pair
+    monkeypatch.delattr(Maker, "__call__")
+    for one in (model, optimized):
+        one.requires_grad_()
+        optimizer = torch.optim.SGD(one.parameters(), 0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            for part in X.split(1) * 2:
+                one(part).square().mean().backward()
+            optimizer.step()
+    assert torch.equal(optimized.pointwise.weight, model.pointwise.weight)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_watched_calls_take_the_models_own_forward(pair, native_steps):
     model, optimized = pair
@@ -139,6 +155,33 @@ def test_python_does_little():
     assert len(calls) < 40
 
 
+def best(function, count=50):
+    times = []
+    for _ in range(count):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def test_checks_take_little_time(threads):
+    """Of what each call asks before it runs: less than a twentieth of MobileNetV1's time, in both modes."""
+    torch.set_num_threads(1)
+    optimized = fastsep.optimize(network("mobilenet_v1"), verify=False)
+    forward = optimized.__dict__["forward"]
+    x = torch.randn(1, 3, 224, 224)
+
+    def checks():
+        assert forward._is_plain_inference((x,))
+        assert forward._plan().graph is not None
+
+    with torch.no_grad():
+        without, whole = best(checks), best(lambda: optimized(x), 5)
+    assert without < whole / 20
+    # One more question for each tensor, to its own attribute: a third of what the state asks of it.
+    assert best(checks) < 1.6 * without
+
+
 def test_other_inputs(pair):
     """Sizes, formats and views; 3-d and wrong ones mean what they meant."""
     model, optimized = pair
@@ -176,7 +219,7 @@ def test_copies(how, pair, native_steps):
     native_steps.clear()
     torch.testing.assert_close(optimized(X), model(X).detach(), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(copied(X), model(X))
-    assert len(native_steps) == 2
+    assert len(native_steps) == 3  # the copy's new plan was compared with its model
     assert fastsep.report(copied).fused
     assert "forward" not in fastsep.revert(copied).__dict__
     assert "forward" in optimized.__dict__

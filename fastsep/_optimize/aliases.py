@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -24,41 +25,51 @@ _FRESH_MODULES = {
 }
 
 
-def copies_show(graph: fx.Graph, reader: Reader, fresh: set[fx.Node]) -> bool:
-    """Whether the graph means something else where its inputs and some of its views are copies.
+class Memory:
+    """Which nodes' results may lie on the same memory, and which nodes may write to it.
 
-    That is so where something is written to memory that a copy would not share, after it was made: to the
-    input of the graph, or to either side of reshape() and its like. `fresh` are nodes whose results are new.
+    `fresh` are nodes whose results are new.
     """
-    memory: dict[fx.Node, fx.Node] = {}  # to another node on the same memory, and in the end to one for all
 
-    def find(node: fx.Node) -> fx.Node:
-        while node in memory:
-            node = memory[node]
+    def __init__(self, graph: fx.Graph, reader: Reader, fresh: Container[fx.Node] = ()) -> None:
+        self._other: dict[fx.Node, fx.Node] = {}  # on the same memory, and in the end one for all
+        self._places = {node: place for place, node in enumerate(graph.nodes)}
+        self._copies: list[fx.Node] = []
+        self._writes: list[tuple[int, fx.Node]] = []
+        for place, node in enumerate(graph.nodes):
+            if node.op == "placeholder":
+                self._copies.append(node)
+            if node in fresh or node.op in ("placeholder", "get_attr", "output"):
+                continue
+            shares, copying = sharing(reader, node)
+            if copying:
+                self._copies.append(node)
+            for argument in node.all_input_nodes if shares else ():
+                if self._find(argument) is not self._find(node):
+                    self._other[self._find(argument)] = self._find(node)
+            self._writes += [(place, argument) for argument in reader.written(node)]
+
+    def _find(self, node: fx.Node) -> fx.Node:
+        while node in self._other:
+            node = self._other[node]
         return node
 
-    copies: list[tuple[int, fx.Node]] = []
-    writes: list[tuple[int, fx.Node]] = []
-    for place, node in enumerate(graph.nodes):
-        if node.op == "placeholder":
-            copies.append((place, node))
-        if node in fresh or node.op in ("placeholder", "get_attr", "output"):
-            continue
-        shares, copying = _sharing(reader, node)
-        if copying:
-            copies.append((place, node))
-        for argument in node.all_input_nodes if shares else ():
-            if find(argument) is not find(node):
-                memory[find(argument)] = find(node)
-        if reader.writes(node):
-            writes += [(place, argument) for argument in node.all_input_nodes[:1]]
-        out = node.kwargs.get("out")
-        if isinstance(out, fx.Node):
-            writes.append((place, out))
-    return any(later > place and find(a) is find(b) for place, a in copies for later, b in writes)
+    def is_written(self, node: fx.Node, first: fx.Node, last: fx.Node | None = None) -> bool:
+        """Whether a node's memory may be written to behind the first node and before the last."""
+        begin = self._places[first]
+        end = len(self._places) if last is None else self._places[last]
+        return any(begin < place < end and self._find(x) is self._find(node) for place, x in self._writes)
+
+    def copies_show(self) -> bool:
+        """Whether the graph means something else where its inputs and some of its views are copies.
+
+        That is so where something is written to memory that a copy would not share, after it was made: to
+        the input of the graph, or to either side of reshape() and its like.
+        """
+        return any(self.is_written(node, node) for node in self._copies)
 
 
-def _sharing(reader: Reader, node: fx.Node) -> tuple[bool, bool]:
+def sharing(reader: Reader, node: fx.Node) -> tuple[bool, bool]:
     """Whether a node's result may be on its arguments' memory, and whether it may also be a copy.
 
     Of what is not known both are assumed.

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_map_only
 
 from ..modules import SeparableConv2d
 from .forward import Forward
@@ -57,11 +58,14 @@ def optimize(
 
     The module, its children and the keys of its state dict stay as they are: what is swapped is its forward,
     and for any call but a plain inference on the CPU (training, autocast, a compiler or exporter, hooks that
-    came later) the model's own forward runs. Weights that are loaded or written to later count; a write
-    through `.data` does not, and nor does a new value of a module's other attributes: optimize again then.
+    came later) the model's own forward runs. Weights that are loaded or written to later count; what is
+    written into them through `.data` does not, and nor does a new value of a module's other attributes:
+    optimize again then. What a forward does beside computing its result (it appends to a global list, say),
+    and what it makes of `type(x)`, it does once, while optimize() reads it.
 
     model: any nn.Module, its weights on the CPU.
-    example_inputs: a tensor or a tuple of arguments to run both models on.
+    example_inputs: a tensor or a tuple of arguments to run both models on. (A forward that branches on the
+        sizes of its input cannot be taken over with them either: its children are, each by itself.)
     mode: "inference", or "training": then only pairs without a norm between them are fused, nothing is
         folded or packed, and gradients flow.
     filter_fn: called with each depthwise convolution and its name; False leaves it as it is.
@@ -71,10 +75,16 @@ def optimize(
 
     ValueError for a model that trains or was made in torch.inference_mode() where the mode is "inference",
     that has no weights yet (lazy layers, the meta device), or that is optimized already; TypeError for
-    something that is no nn.Module, or a ScriptModule; RuntimeError where the results differ.
+    something that is no nn.Module, or a ScriptModule, and for a list of inputs; RuntimeError where the
+    results differ.
     The given model is unharmed in every case.
     """
     _check(model, mode)
+    if isinstance(example_inputs, list):
+        raise TypeError(
+            "example_inputs must be a tensor or a tuple of arguments, got list: one argument that is a list "
+            "goes into a tuple"
+        )
     optimized = model if inplace else copy.deepcopy(model)
     try:
         _optimize(optimized, example_inputs, mode, filter_fn, verify)
@@ -117,8 +127,8 @@ def _optimize(
     record = _Record(summary)
     forwards: list[Forward] = []
     for region in found:
-        maker = Maker(region.name, mode)
-        plan, candidates = maker.plan(region, filter_fn, verify=verify)
+        maker = Maker(region.name, mode, verify=verify)
+        plan, candidates = maker.plan(region, filter_fn)
         summary.candidates += candidates
         if plan.graph is not None:
             forwards.append(Forward(region.module, mode, maker, plan))
@@ -152,7 +162,7 @@ def _try(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
     values = [(b, b.clone()) for _, held in buffers for b in held.values() if b is not None]
     with torch.no_grad():
         try:
-            return model(*copy.deepcopy(inputs))
+            return model(*_copies(inputs))
         finally:
             for slots, held in buffers:
                 slots.update(held)
@@ -160,6 +170,12 @@ def _try(model: nn.Module, inputs: tuple[Any, ...]) -> Any:
                 if not torch.equal(buffer, value):
                     buffer.copy_(value)
             numbers.restore()
+
+
+def _copies(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of tensors, too, that autograd has computed and deepcopy() refuses."""
+    tensors = tree_map_only(Tensor, lambda x: x.detach().clone(), inputs)
+    return copy.deepcopy(tensors)
 
 
 def _hidden(model: nn.Module, known: list[Candidate], untraceable: Mapping[str, str]) -> Iterator[Candidate]:
@@ -223,7 +239,8 @@ def _give_back(model: nn.Module) -> None:
     if record is None:
         return
     for module in record.taken_over:
-        module.__dict__.pop("forward", None)
+        if isinstance(module.__dict__.get("forward"), Forward):  # and not somebody's who came later
+            del module.__dict__["forward"]
         module.__dict__.pop("_apply", None)
     for name, parameter in model.named_parameters():
         if name in record.required_grad:

@@ -159,7 +159,7 @@ class Reader:
         return _checked(
             Convolution(
                 *(node, name, module.weight, module.bias, _pair(module.stride)),
-                parse_padding(padding),
+                _pads(padding, name),
                 _pair(module.dilation),
                 module.groups,
                 module,
@@ -177,7 +177,7 @@ class Reader:
         stride, padding, dilation, groups = rest
         assert isinstance(weight, Tensor)
         name = str(cast("fx.Node", given["weight"]).target).rpartition(".")[0] or node.name
-        pads = parse_padding(cast("Any", padding))
+        pads = _pads(padding, name)
         return _checked(
             Convolution(node, name, weight, bias, _pair(stride), pads, _pair(dilation), cast("int", groups))
         )
@@ -197,8 +197,10 @@ class Reader:
         depthwise, pointwise = halves
         if layer._padding is not None:  # what nn.Conv2d cannot hold
             depthwise = replace(depthwise, padding=parse_padding(layer._padding))
-        if not (depthwise.is_depthwise or depthwise.weight.shape[1] == 1) or not pointwise.is_pointwise:
-            raise UnfitError(f"the children of {node.target} are not a depthwise and a pointwise convolution")
+        if not layer._is_fusable(layer.depthwise, layer.pointwise):
+            raise UnfitError(
+                f"the children of {node.target} are no plain depthwise and pointwise convolution"
+            )
         mid = activation_name(layer.mid_activation, "mid_activation")
         return depthwise, mid, pointwise, activation_name(layer.activation, "activation")
 
@@ -278,6 +280,12 @@ class Reader:
             return False
         return any(value is True for value in node.args) or node.kwargs.get("inplace", False) is not False
 
+    def written(self, node: fx.Node) -> list[fx.Node]:
+        """The arguments that a node may write to."""
+        written = node.all_input_nodes[:1] if self.writes(node) else []
+        fx.node.map_arg(node.kwargs.get("out"), written.append)
+        return written
+
     def is_identity(self, node: fx.Node) -> bool:
         """Whether a node hands its input on as it is."""
         if node.op == "call_function":
@@ -336,9 +344,20 @@ def _checked(convolution: Convolution) -> Convolution:
             raise UnfitError(f"a weight of {convolution.name} is a {type(tensor).__name__}")
         if tensor is not None and tensor.layout is not torch.strided:
             raise UnfitError(f"a weight of {convolution.name} is not dense in memory")
+        if tensor is not None and tensor.is_inference():
+            raise UnfitError(f"a weight of {convolution.name} was made in torch.inference_mode()")
     return convolution
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    first, second = value if isinstance(value, tuple | list) else (value, value)
+    """Both numbers; one alone, in a sequence, too, counts for both."""
+    first, *rest = value if isinstance(value, tuple | list) else (value,)
+    (second,) = rest or (first,)
     return int(first), int(second)
+
+
+def _pads(value: Any, name: str) -> Pads | str:
+    try:
+        return parse_padding(value * 2 if isinstance(value, tuple | list) and len(value) == 1 else value)
+    except (RuntimeError, TypeError) as error:
+        raise UnfitError(f"padding of {name} is {value!r}") from error

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from operator import attrgetter, getitem, is_
+from itertools import chain, repeat
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
-from torch.utils._pytree import tree_map_only
 
-from .._ops import memory_format
+from .._ops import PLAIN, memory_format
 from .series import SeriesStep
+from .steps import as_contiguous
 from .trace import inputs_of
 
 _version = attrgetter("_version")
 _training = attrgetter("training")
+_requires_grad = attrgetter("requires_grad")
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 _GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
@@ -36,41 +38,81 @@ _ARGUMENTS = Tensor, int, float
 class State:
     """All that a plan was made of: it holds for as long as this is unchanged.
 
-    Which parameters, buffers and children the modules have, what was written to them, whether they train, and
-    that no hook is on them. (A write by way of `.data` cannot be seen.)
+    Which parameters, buffers and children the modules have, where those tensors lie and what was written to
+    them, whether the modules train, and that no hook is on them. (A write by way of `.data` or into memory
+    that is shared with NumPy cannot be seen.)
     """
 
-    def __init__(self, root: nn.Module, called: set[nn.Module], *, weights: bool = True) -> None:
-        """`called` are modules that are still called, hooks and all. Without `weights` those may change."""
+    def __init__(self, root: nn.Module, attributes: Iterable[str] = (), *, weights: bool = True) -> None:
+        """`attributes` are the names of further tensors. Without `weights` what parameters and buffers are
+        and hold may change, but for those attributes."""
         modules = list(root.modules())
-        kinds = ("_parameters", "_buffers", "_modules") if weights else ("_modules",)
-        self._slots: list[dict[str, Any]] = []
-        self._names: list[str] = []
-        for module in modules:
-            for kind in kinds:
-                slots = getattr(module, kind)
-                self._slots += [slots] * len(slots)
-                self._names += slots
-        self._held = list(map(getitem, self._slots, self._names))
-        self._tensors = [x for x in self._held if isinstance(x, Tensor) and not x.is_inference()]
-        self._versions = list(map(_version, self._tensors))
-        self._modules = modules
+        children = [module._modules for module in modules]
+        tensors = [slots for module in modules for slots in (module._parameters, module._buffers)]
+        watched = [*children, *tensors] if weights else children
+        self._empty = [slots for slots in (*children, *tensors) if not slots]
+        self._filled = [slots for slots in watched if slots]
+        self._held = _values_of(self._filled)
+        self._replaceable = [] if weights else [slots for slots in tensors if slots]
+        self._absent = _absent(self._replaceable)
+        self._slots, self._names = _slots_of(root, attributes)
+        self._attributes = list(map(dict.get, self._slots, self._names))
         self._training = list(map(_training, modules))
-        inner = [module for module in modules if module is not root and module not in called]
+        self._modules = modules
+        self.release(set())
+        seen = [*self._held, *self._attributes] if weights else []
+        self._tensors = [x for x in seen if isinstance(x, Tensor) and not x.is_inference()]
+        self._versions = list(map(_version, self._tensors))
+        self._placed = [x for x in self._tensors if type(x) in PLAIN and x.layout is torch.strided]
+        self._addresses = list(map(Tensor.data_ptr, self._placed))
+        # As long as this memory is held no new tensor can come to lie at its address.
+        self._memory = [x.detach() for x in self._placed]
+
+    def release(self, called: set[nn.Module]) -> None:
+        """Hooks may come onto these: they are called as they are."""
+        inner = [module for module in self._modules[1:] if module not in called]
         self._hooks = [getattr(module, hooks) for hooks in _HOOKS for module in inner]
 
     def holds(self) -> bool:
         """Whether nothing has changed. (In loops of the interpreter's own, for this runs in each call.)"""
-        try:
-            held = all(map(is_, map(getitem, self._slots, self._names), self._held))
-        except KeyError:
-            return False
+        held = _values_of(self._filled)
         return (
-            held
+            len(held) == len(self._held)
+            and all(map(is_, held, self._held))
+            and not any(self._empty)
+            and all(map(is_, map(dict.get, self._slots, self._names), self._attributes))
+            and (not self._replaceable or _absent(self._replaceable) == self._absent)
             and list(map(_version, self._tensors)) == self._versions
+            and list(map(Tensor.data_ptr, self._placed)) == self._addresses
             and list(map(_training, self._modules)) == self._training
             and not any(self._hooks)
         )
+
+    def requires_grad(self) -> bool:
+        return any(map(_requires_grad, self._tensors))
+
+
+def _values_of(slots: list[dict[str, Any]]) -> list[Any]:
+    return list(chain.from_iterable(map(dict.values, slots)))
+
+
+def _absent(slots: list[dict[str, Any]]) -> list[bool]:
+    """Of which parameters and buffers there is only the name."""
+    return list(map(is_, _values_of(slots), repeat(None)))
+
+
+def _slots_of(root: nn.Module, attributes: Iterable[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Where a module keeps its attributes."""
+    slots: list[dict[str, Any]] = []
+    names: list[str] = []
+    for attribute in attributes:
+        path, _, name = attribute.rpartition(".")
+        owner = root.get_submodule(path)
+        for kind in (owner.__dict__, owner._parameters, owner._buffers):
+            if name in kind:
+                slots.append(kind)
+                names.append(name)
+    return slots, names
 
 
 @dataclass
@@ -110,16 +152,21 @@ class Forward:
         return _run(plan, args)
 
     def _plan(self) -> Plan | None:
-        """The plan for the module's present state. A new state has to be seen twice before one is made, for
-        it may last for one call only, as in torch.func.functional_call."""
-        for plan in self._plans:
+        """The plan for the module's present state; None where its tensors want gradients of inference. A new
+        state has to be seen twice before a plan is made, for it may last for one call only, as in
+        torch.func.functional_call."""
+        plans, seen = self._plans, self._seen  # once, for other threads set them, too
+        watched = self.mode == "inference" and torch.is_grad_enabled()
+        for plan in plans:
             if plan.state.holds():
-                return plan
-        if self._plans and not (self._seen is not None and self._seen.holds()):
-            self._seen = State(self.root, set(), weights=self.mode == "inference")
+                return None if watched and plan.state.requires_grad() else plan
+        if watched and any(map(_requires_grad, self.root.parameters())):
+            return None
+        if plans and not (seen is not None and seen.holds()):
+            self._seen = State(self.root, weights=self.mode == "inference")
             return None
         plan = self.make(self.root)
-        self._plans = [plan, *self._plans[:1]]
+        self._plans = [plan, *plans[:1]]
         return plan
 
     def _is_training(self, args: tuple[Any, ...]) -> bool:
@@ -130,14 +177,16 @@ class Forward:
         """Whether nothing watches the call, and its tensors are such as the steps can take."""
         watched = torch.is_grad_enabled()
         for x in args:
-            if type(x) is not Tensor and (isinstance(x, Tensor) or not isinstance(x, _ARGUMENTS)):
-                return isinstance(x, nn.Parameter) and self._is_plain_inference((x.detach(),))
-            if type(x) is Tensor and (
-                not x.is_cpu or x.layout is not torch.strided or x.is_neg() or (watched and x.requires_grad)
-            ):
+            if type(x) in PLAIN:
+                if (
+                    not x.is_cpu
+                    or x.layout is not torch.strided
+                    or x.is_neg()
+                    or (watched and x.requires_grad)
+                ):
+                    return False
+            elif isinstance(x, Tensor) or not isinstance(x, _ARGUMENTS):
                 return False
-        if watched and any(parameter.requires_grad for parameter in self.root.parameters()):
-            return False
         return not (
             torch.is_autocast_enabled("cpu")
             or forward_ad._current_level >= 0
@@ -157,6 +206,11 @@ class Forward:
     def __code__(self) -> Any:
         forward: Any = inspect.unwrap(type(self.root).forward)
         return forward.__code__
+
+    @property
+    def __globals__(self) -> Any:
+        """torch.jit.script asks for them first, and then for source code."""
+        raise AttributeError("an optimized model cannot be scripted: revert() it, or use torch.jit.trace")
 
     # The module's `_apply`, which to() and its like call: it can put other numbers where the weights were.
 
@@ -197,4 +251,4 @@ def _run(plan: Plan, args: tuple[Any, ...]) -> Any:
     y = run(*inputs)
     if not formats or formats[0] is torch.channels_last:
         return y
-    return tree_map_only(Tensor, lambda t: t.contiguous() if t.dim() == 4 else t, y)
+    return as_contiguous(y)

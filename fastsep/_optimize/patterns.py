@@ -10,14 +10,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .. import _native
+from ..functional import Pads
 from ..modules import SeparableConv2d
+from .aliases import Memory
 from .chains import Convolution, Reader, UnfitError
 from .live import LiveStep
 from .series import LinearStep, MeanStep
@@ -152,8 +154,10 @@ def expanded_pair(reader: Reader, node: fx.Node) -> Match | None:
     _check_native(expand.convolution, depthwise)
     nodes, source = [*expand.nodes, *pair.nodes], expand.nodes[0].args[0]
     residual = None
-    if pointwise.weight.shape[0] == weight.shape[1]:
-        residual = _sum_behind(reader, nodes[-1], source)
+    if pointwise.weight.shape[0] == weight.shape[1] and all(
+        map(_keeps_size, (expand.convolution, depthwise))
+    ):
+        residual = _sum_behind(reader, nodes, source)
     step = ExpandedStep(expand.convolution, expand.activation, *halves, residual=residual is not None)
     kind = f"separable behind {expand.convolution.name}"
     if residual is not None:
@@ -180,24 +184,37 @@ def _expansion_before(reader: Reader, node: fx.Node) -> Tail | None:
             return None
     weight = convolution.weight
     small = convolution.is_pointwise or weight.shape[1] <= _LARGEST_IMAGE
-    if convolution.groups != 1 or convolution.dilation != (1, 1) or not small or not weight.isfinite().all():
+    if convolution.groups != 1 or convolution.dilation != (1, 1) or not small:
         return None
     expand = tail(reader, convolution, lenient=True)
+    if not expand.convolution.weight.isfinite().all():
+        return None
     return expand if expand.nodes[-1] is parts[1] else None
 
 
-def _sum_behind(reader: Reader, node: fx.Node, source: Any) -> fx.Node | None:
-    """The sum of a node's result, which nobody else reads, and what `source` computes."""
+def _keeps_size(convolution: Convolution) -> bool:
+    """Whether the result of every input is as high and wide as the input."""
+    if convolution.stride != (1, 1) or convolution.padding == "same":
+        return convolution.stride == (1, 1)
+    top, bottom, left, right = cast("Pads", convolution.padding)
+    reach = [d * (k - 1) for d, k in zip(convolution.dilation, convolution.weight.shape[2:], strict=True)]
+    return [top + bottom, left + right] == reach
+
+
+def _sum_behind(reader: Reader, nodes: list[fx.Node], source: Any) -> fx.Node | None:
+    """The sum of what nodes compute from `source`, which nobody else reads, and `source` itself."""
+    node = nodes[-1]
     users = list(node.users)
-    if any(reader.writes(user) and user not in users for user in source.users):
-        return None  # it may be another by then
     if len(users) != 1 or users[0].kwargs or users[0].op != "call_function":
         return None
     target, args = users[0].target, users[0].args
-    if target in (operator.add, torch.add) and args in ((node, source), (source, node)):
-        return users[0]
-    # `source += y` writes to what others may read.
-    return users[0] if target is operator.iadd and args == (node, source) else None
+    if target in (operator.add, torch.add, operator.iadd) and args == (node, source):
+        pass
+    elif target not in (operator.add, torch.add) or args != (source, node):
+        return None  # `source += y` writes to what others may read
+    # The step reads it where its first node is. It may be another by the sum.
+    written = Memory(reader.graph, reader).is_written(source, nodes[0], users[0])
+    return None if written else users[0]
 
 
 def _separable_layer(reader: Reader, node: fx.Node, layer: SeparableConv2d) -> Match:
@@ -248,11 +265,15 @@ def _pointwise_behind(reader: Reader, first: Tail) -> Convolution:
 _POOLS = torch.mean, F.adaptive_avg_pool2d, "mean"
 
 
+_PRODUCTS = operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply"
+
+
 def _is_gated(reader: Reader, node: fx.Node) -> bool:
     """Whether a node is averaged by one of its users and multiplied by another."""
     modules = [reader.module(user) for user in node.users]
     pooled = any(isinstance(module, nn.AdaptiveAvgPool2d) for module in modules)
-    return pooled or any(user.target in _POOLS for user in node.users)
+    pooled = pooled or any(user.target in _POOLS for user in node.users)
+    return pooled and any(user.target in _PRODUCTS for user in node.users)
 
 
 def _check_native(*convolutions: Convolution) -> None:
@@ -328,14 +349,19 @@ def mean_over_plane(reader: Reader, node: fx.Node) -> Match | None:
         return None
     if _native.core is None or not isinstance(node.args[0], fx.Node):
         return None
-    nodes = [node]
-    while keepdim and len(users := list(nodes[-1].users)) == 1 and _reads_only(users[0], nodes[-1]):
+    nodes, flatten = [node], False
+    while (
+        keepdim
+        and not flatten
+        and len(users := list(nodes[-1].users)) == 1
+        and _reads_only(users[0], nodes[-1])
+    ):
         if _flattens(reader, users[0]):
-            keepdim = False
+            flatten = True
         elif not reader.is_identity(users[0]):
             break
         nodes.append(users[0])
-    return Match(nodes, MeanStep(node, tuple(dims), keepdim=keepdim), "mean")
+    return Match(nodes, MeanStep(node, tuple(dims), keepdim=keepdim, flatten=flatten), "mean")
 
 
 def _flattens(reader: Reader, node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Literal
 
@@ -12,51 +13,58 @@ from .forward import Plan, State
 from .patterns import PATTERNS, TRAINING_PATTERNS, Match
 from .report import Candidate
 from .rewrite import drop_rank_checks, rewrite, surroundings
-from .trace import Region, inference_tensor, trace
+from .trace import Region, Traced, inference_tensor, trace
 from .verify import match_error, tolerance_of
 
 Mode = Literal["inference", "training"]
 Filter = Callable[[nn.Module, str], bool]
 
+_FILTERED = "filter_fn"
+
 
 class Maker:
     """Makes plans of one module: at first, and whenever its weights have changed."""
 
-    def __init__(self, name: str, mode: Mode) -> None:
-        self.name, self.mode = name, mode
-        self.left: set[str] = set()  # what filter_fn wanted to be left
+    def __init__(self, name: str, mode: Mode, *, verify: bool = False) -> None:
+        self.name, self.mode, self.verify = name, mode, verify
+        self.left: dict[str, str] = {}  # what stays so with other weights, and why
+        self.traced = Traced()
 
     def __call__(self, module: nn.Module) -> Plan:
         inference = self.mode == "inference"
-        nothing = Plan(State(module, set(), weights=inference))
+        nothing = Plan(State(module, weights=inference))
         if inference and (any(child.training for child in module.modules()) or inference_tensor(module)):
             return nothing
         try:
-            return self.plan(Region(self.name, module, trace(module, gradients=not inference)))[0]
+            graph = self.traced.graph_of(module) or trace(module, gradients=not inference)
+            return self.plan(Region(self.name, module, graph))[0]
         except (TypeError, ValueError):
             return nothing
 
-    def plan(
-        self, region: Region, filter_fn: Filter | None = None, *, verify: bool = False
-    ) -> tuple[Plan, list[Candidate]]:
+    def plan(self, region: Region, filter_fn: Filter | None = None) -> tuple[Plan, list[Candidate]]:
         """The plan, without a graph where there is nothing for a kernel, and every candidate with the reason.
 
         For inference what is around the candidates is folded, too, and given to kernels.
         """
-        inference = self.mode == "inference"
+        inference, module = self.mode == "inference", region.module
+        self.traced = Traced.of(module, region.graph)
+        region = Region(region.name, module, copy.deepcopy(region.graph))
+        attributes = {str(node.target) for node in region.graph.nodes if node.op == "get_attr"}
+        state = State(module, attributes, weights=inference)  # before anything is read
         drop_rank_checks(region)
-        reader = Reader(region.module, region.graph, folding=inference)
-        matches, candidates, filtered = self._find(reader, filter_fn, verify)
+        reader = Reader(module, region.graph, folding=inference)
+        matches, candidates, filtered = self._find(reader, filter_fn)
         if inference and candidates:
             taken = filtered.union(*(match.nodes for match in matches))
             matches += surroundings(reader, taken)
         if not any(match.convolution is not None for match in matches):
-            return Plan(State(region.module, set(), weights=inference)), candidates
+            return Plan(state), candidates
         graph, called, channels_last = rewrite(region, matches, inference=inference)
-        return Plan(State(region.module, called, weights=inference), graph, channels_last), candidates
+        state.release(called)
+        return Plan(state, graph, channels_last), candidates
 
     def _find(
-        self, reader: Reader, filter_fn: Filter | None, verify: bool
+        self, reader: Reader, filter_fn: Filter | None
     ) -> tuple[list[Match], list[Candidate], set[fx.Node]]:
         """The pairs, all candidates, and the nodes that filter_fn wants to be left."""
         matches: list[Match] = []
@@ -68,19 +76,19 @@ class Maker:
             if local is None or node in taken:
                 continue
             name = f"{self.name}.{local}" if self.name else local
-            candidate = Candidate(name, False, "filter_fn")
+            candidate = Candidate(name, False, _FILTERED)
             candidates.append(candidate)
             if filter_fn is not None and not filter_fn(reader.module(node) or reader.root, name):
-                self.left.add(name)
-            if name in self.left:
+                self.left[name] = _FILTERED
+            if self.left.get(name) == _FILTERED:
                 filtered.add(node)
                 continue
             try:
+                if name in self.left:
+                    raise UnfitError(self.left[name])
                 match = self._match(reader, node, taken)
-                if verify:
-                    candidate.error = match_error(reader, match)
-                    if not candidate.error <= tolerance_of(match):
-                        raise UnfitError(f"differs by {candidate.error:.1e} of the largest output")
+                if self.verify:
+                    candidate.error = self._compare(reader, match, name)
             except UnfitError as unfit:
                 candidate.reason = str(unfit)
             else:
@@ -88,6 +96,18 @@ class Maker:
                 matches.append(match)
                 taken.update(match.nodes)
         return matches, candidates, filtered
+
+    def _compare(self, reader: Reader, match: Match, name: str) -> float:
+        """The error of a match; UnfitError, from now on, where it is too large."""
+        try:
+            error = match_error(reader, match)
+            if error <= tolerance_of(match):
+                return error
+            reason = f"differs by {error:.1e} of the largest output"
+        except Exception as failure:  # in what is called, and that may be anything
+            reason = f"could not be compared: {str(failure) or type(failure).__name__}"
+        self.left[name] = reason.partition("\n")[0]
+        raise UnfitError(self.left[name])
 
     def _match(self, reader: Reader, node: fx.Node, taken: set[fx.Node]) -> Match:
         for pattern in PATTERNS if self.mode == "inference" else TRAINING_PATTERNS:

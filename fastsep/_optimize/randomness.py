@@ -18,9 +18,13 @@ class RandomState:
     def restore(self) -> bool:
         """Puts the states back; False where there was something to put back."""
         now = RandomState()
-        unchanged = self._python == now._python and torch.equal(self._torch, now._torch)
-        random.setstate(self._python)
-        torch.set_rng_state(self._torch)
+        unchanged = True
+        if self._python != now._python:
+            random.setstate(self._python)
+            unchanged = False
+        if not torch.equal(self._torch, now._torch):
+            torch.set_rng_state(self._torch)
+            unchanged = False
         if self._numpy is not None and self._numpy != now._numpy:
             sys.modules["numpy"].random.set_state(self._numpy)
             unchanged = False

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from .aliases import copies_show
+from .aliases import Memory, sharing
 from .chains import Reader, UnfitError
 from .patterns import SURROUNDINGS, Match
 from .series import SeriesStep
-from .steps import add
-from .trace import Region
+from .steps import add, as_contiguous
+from .trace import Region, why_opaque
 
 
 def drop_rank_checks(region: Region) -> None:
@@ -57,20 +58,26 @@ def rewrite(
     channels-last tensors."""
     graph = region.graph
     reader = Reader(region.module, graph)
+    gone = [node for match in matches for node in match.nodes]
     fresh = {_replace(graph, match) for match in matches}
     channels_last = False
     if inference:
-        _drop_identities(graph, reader)
+        gone += _drop_identities(graph, reader)
         _add_in_place(graph, fresh)
         channels_last = _prepare_channels_last(graph, reader, fresh)
         _join(graph)
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr":
             _erase_unused(graph, node)
-    modules = [reader.module(node) for node in graph.nodes]
-    called = {child for module in modules if module is not None for child in module.modules()}
     graph.lint()
+    # One that is called here and computed by a step there is not called as often as it was.
+    called = _modules_of(reader, graph.nodes) - _modules_of(reader, gone)
     return fx.GraphModule(region.module, graph), called, channels_last
+
+
+def _modules_of(reader: Reader, nodes: Iterable[fx.Node]) -> set[nn.Module]:
+    modules = [reader.module(node) for node in nodes]
+    return {child for module in modules if module is not None for child in module.modules()}
 
 
 def surroundings(reader: Reader, taken: set[fx.Node]) -> list[Match]:
@@ -101,11 +108,12 @@ def _replace(graph: fx.Graph, match: Match) -> fx.Node:
     return node
 
 
-def _drop_identities(graph: fx.Graph, reader: Reader) -> None:
-    for node in list(graph.nodes):
-        if reader.is_identity(node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
+def _drop_identities(graph: fx.Graph, reader: Reader) -> list[fx.Node]:
+    identities = [node for node in graph.nodes if reader.is_identity(node)]
+    for node in identities:
+        node.replace_all_uses_with(node.args[0])
+        graph.erase_node(node)
+    return identities
 
 
 def _add_in_place(graph: fx.Graph, fresh: set[fx.Node]) -> None:
@@ -145,11 +153,19 @@ _LAYOUT_METHODS = {
 
 
 def _prepare_channels_last(graph: fx.Graph, reader: Reader, fresh: set[fx.Node]) -> bool:
-    """Whether the graph means the same on channels-last tensors. Views become reshapes, which may copy."""
-    if copies_show(graph, reader, fresh):
+    """Whether the graph means the same on channels-last tensors. Views become reshapes, which may copy.
+
+    What a module does that is called as it is nobody knows: it gets what it got before.
+    """
+    if Memory(graph, reader, fresh).copies_show():
         return False
-    views = []
+    views, opaque = [], []
     for node in graph.nodes:
+        module = reader.module(node)
+        if module is not None and why_opaque(module):
+            if not all(_is_its_own(reader, argument, fresh) for argument in node.all_input_nodes):
+                return False
+            opaque.append(node)
         if node.op == "call_method" and node.target in _LAYOUT_METHODS:
             return False
         if node.op == "call_function" and node.target is torch.as_strided:
@@ -160,4 +176,15 @@ def _prepare_channels_last(graph: fx.Graph, reader: Reader, fresh: set[fx.Node])
             views.append(node)
     for node in views:
         node.target = "reshape"
+    for node in opaque:
+        for argument in node.all_input_nodes:
+            with graph.inserting_before(node):
+                node.replace_input_with(argument, graph.call_function(as_contiguous, (argument,)))
     return True
+
+
+def _is_its_own(reader: Reader, node: fx.Node, fresh: set[fx.Node]) -> bool:
+    """Whether a node's one user may as well get a copy of the result, to which it may write."""
+    if len(node.users) != 1 or node.op in ("placeholder", "get_attr"):
+        return False
+    return node in fresh or not sharing(reader, node)[0]

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from .. import _native, _ops
 from .chains import Convolution
-from .steps import DepthwiseStep, Link, PointwiseStep
+from .steps import DepthwiseStep, Link, PointwiseStep, is_native, remember
 
 
 class MeanStep:
@@ -21,19 +21,23 @@ class MeanStep:
 
     LARGEST = 32 * 32
 
-    def __init__(self, node: fx.Node, dims: tuple[int, ...], *, keepdim: bool) -> None:
+    def __init__(self, node: fx.Node, dims: tuple[int, ...], *, keepdim: bool, flatten: bool) -> None:
         self.__name__, self.node, self.dims, self.keepdim = node.name, node, dims, keepdim
+        self.flatten = flatten  # all but the first dimension, behind the mean
         self.steps: dict[Any, DepthwiseStep] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
         step = self.step(x)
         if step is None:
-            return x.mean(self.dims, keepdim=self.keepdim)
+            y = x.mean(self.dims, keepdim=self.keepdim)
+            return y.flatten(1) if self.flatten else y
         y = step(x)
-        return y if self.keepdim else y.flatten(1)
+        return y.flatten(1) if self.flatten or not self.keepdim else y
 
     def step(self, x: Tensor) -> DepthwiseStep | None:
         """The convolution for planes like these."""
+        if not is_native(x):
+            return None
         key = x.dtype, x.shape[1:]
         step = self.steps.get(key)
         if step is None:
@@ -44,15 +48,14 @@ class MeanStep:
                 return None
             equal = torch.full((c, 1, h, w), 1 / (h * w), dtype=x.dtype)
             mean = Convolution(self.node, self.__name__, equal, None, (1, 1), (0, 0, 0, 0), (1, 1), c)
-            if len(self.steps) >= 8:
-                self.steps.clear()
-            step = self.steps[key] = DepthwiseStep(mean, "identity")
+            step = DepthwiseStep(mean, "identity")
+            remember(self.steps, key, step, 8)
         return step
 
     def link(self, x: Tensor) -> Link | None:
         step = self.step(x)
         made = None if step is None else step.link(x)
-        if made is None or self.keepdim:
+        if made is None or (self.keepdim and not self.flatten):
             return made
         call, result, packed = made
         return call, result.new_empty(result.shape[:2]), packed
@@ -75,7 +78,8 @@ class LinearStep:
         return y.permute(0, 2, 3, 1).reshape(len(x), -1)
 
     def unfit(self, x: Tensor) -> bool:
-        return x.dim() != 2 or x.dtype is not self.weight.dtype or not x.is_contiguous() or not x.numel()
+        fits = is_native(x) and x.dim() == 2 and x.dtype is self.weight.dtype
+        return not fits or not x.is_contiguous() or not x.numel()
 
     def link(self, x: Tensor) -> Link | None:
         made = None if self.unfit(x) else self.step.link(as_image(x))
@@ -109,12 +113,15 @@ class SeriesStep:
         self.calls: dict[Any, Any] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
+        if not is_native(x):
+            for step in self.links:
+                x = step(x)
+            return x
         key = x.shape, x.stride(), x.dtype
         call = self.calls.get(key)
         if call is None:
-            if len(self.calls) >= 16:
-                self.calls.clear()
-            call = self.calls[key] = self.prepare(x)
+            call = self.prepare(x)
+            remember(self.calls, key, call, 16)
         series, shape, layout, rest, _ = call
         if series is None or _ops.VERBOSE:
             rest = self.links

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from .. import _expanded, _native, _ops
 from .._activations import ACTIVATIONS, IN_PLACE
@@ -25,6 +26,18 @@ Link = tuple[tuple[tuple[int, ...], int, int], Tensor, Tensor]
 
 # Shapes of inputs for which a step keeps what it worked out.
 _REMEMBERED = 64
+
+
+def is_native(x: Tensor) -> bool:
+    """Whether a tensor's numbers are what lies at its address."""
+    return x.is_cpu and x.layout is torch.strided and not x.is_neg()
+
+
+def remember(cache: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
+    """Puts a value into a cache, and the oldest out of a full one."""
+    if len(cache) >= limit:
+        cache.pop(list(cache)[0], None)  # noqa: RUF015 (another thread may change it between iter() and next())
+    cache[key] = value
 
 
 class PackedStep:
@@ -59,9 +72,12 @@ class PackedStep:
 
     def __call__(self, x: Tensor) -> Tensor:
         call = None if _ops.VERBOSE else self.calls.get((x.shape, x.stride()))
-        if call is None or x.dtype is not self.dtype:
+        if call is None or x.dtype is not self.dtype or not is_native(x):
             if x.dim() == 3:
                 return self(x.unsqueeze(0)).squeeze(0)
+            x = x.resolve_neg()
+            if not is_native(x):
+                raise RuntimeError(f"input must be a dense tensor on the CPU, got {x.layout} on {x.device}")
             call = self.prepare(x)
             if _ops.VERBOSE:
                 return self.reported(x)
@@ -118,9 +134,7 @@ class PackedStep:
     ) -> Prepared:
         kept = _ops.memory_format(x) is layout
         call = problem, shape, layout, x.is_contiguous(memory_format=layout), kept
-        if len(self.calls) >= _REMEMBERED:
-            self.calls.clear()
-        self.calls[x.shape, x.stride()] = call
+        remember(self.calls, (x.shape, x.stride()), call, _REMEMBERED)
         return call
 
 
@@ -228,3 +242,8 @@ def add(a: Tensor, b: Tensor | float) -> Tensor:
     if isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype:
         return a.add_(b)
     return a + b
+
+
+def as_contiguous(x: Any) -> Any:
+    """Row-major tensors, in any nesting, of those with four dimensions."""
+    return tree_map_only(Tensor, lambda t: t.contiguous() if t.dim() == 4 else t, x)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import operator
 import sys
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -99,11 +102,33 @@ class Tracer(fx.Tracer):
 
     A graph does not tell under which modes of torch its nodes ran, so all must run under the same. With
     `gradients` whether autograd records is one of them.
+
+    torch.fx has every module of the process come to call_module() and getattr(): what another thread calls
+    in the meantime is none of this graph's.
     """
 
     def __init__(self, *, gradients: bool) -> None:
         super().__init__()
-        self.gradients = gradients
+        self.gradients, self.thread = gradients, threading.get_ident()
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        """torch.fx makes plain ones of all kinds of dictionaries and lists."""
+        kind = type(a)
+        if kind is OrderedDict:
+            a = self.create_proxy("call_function", OrderedDict, (list(a.items()),), {})
+        elif issubclass(kind, (dict, list)) and kind not in (dict, list):
+            raise TypeError(f"it makes a {kind.__name__}")
+        return super().create_arg(a)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if torch.is_autocast_enabled("cpu"):
@@ -136,23 +161,48 @@ class Region:
     graph: fx.Graph
 
 
+class _ChangedError(ValueError):
+    """The forward, or another thread in the meantime, has changed something that does not belong to it."""
+
+
 class _Unchanged:
-    """What tracing must leave alone: a forward that writes to its module means more than its graph says."""
+    """What tracing must leave alone: a forward that writes to its module means more than its graph says.
+
+    Its attributes, and what the lists, dictionaries and sets among them hold; not what those hold in turn.
+    """
 
     def __init__(self, module: nn.Module) -> None:
-        self._attributes = [(child, dict(child.__dict__)) for child in module.modules()]
-        self._versions = [(t, _version(t)) for t in (*module.parameters(), *module.buffers())]
+        owners = [child.__dict__ for child in module.modules()]
+        values = [value for attributes in owners for value in attributes.values()]
+        filled = [*owners, *(value for value in values if isinstance(value, (list, dict, set, deque)))]
+        self._filled = [(container, _contents(container)) for container in filled]
+        tensors = *module.parameters(), *module.buffers(), *(v for v in values if isinstance(v, Tensor))
+        self._versions = [(tensor, _version(tensor)) for tensor in tensors]
 
     def restore(self) -> bool:
         """Puts attributes back; False where there was something to put back, or a tensor was written to."""
         unchanged = all(_version(tensor) == version for tensor, version in self._versions)
-        for child, before in self._attributes:
-            now = child.__dict__
-            if len(now) != len(before) or any(now.get(k, child) is not v for k, v in before.items()):
-                now.clear()
-                now.update(before)
+        for container, before in self._filled:
+            now = _contents(container)
+            if len(now) != len(before) or not all(map(operator.is_, now, before)):
+                _refill(container, before)
                 unchanged = False
         return unchanged
+
+
+def _contents(container: Any) -> list[Any]:
+    return [*container, *container.values()] if isinstance(container, dict) else [*container]
+
+
+def _refill(container: Any, contents: list[Any]) -> None:
+    container.clear()
+    if isinstance(container, dict):
+        count = len(contents) // 2
+        container.update(zip(contents[:count], contents[count:], strict=True))
+    elif isinstance(container, set):
+        container.update(contents)
+    else:
+        container.extend(contents)
 
 
 def inference_tensor(module: nn.Module) -> str:
@@ -168,25 +218,82 @@ def _version(tensor: Any) -> int:
     return 0 if tensor.is_inference() else int(tensor._version)
 
 
+_lock = threading.RLock()  # torch.fx patches nn.Module for the whole process while it traces
+_ATTEMPTS = 3
+
+
 def trace(module: nn.Module, *, gradients: bool) -> fx.Graph:
     """The graph of a module's forward; TypeError or ValueError where there is none that means the same.
 
     gradients: whether autograd is to watch the graph, as it watches the forward.
     """
+    with _lock:
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return _trace(module, gradients=gradients)
+            except _ChangedError:
+                continue  # it may have been another thread's doing
+        return _trace(module, gradients=gradients)
+
+
+def _trace(module: nn.Module, *, gradients: bool) -> fx.Graph:
     unchanged, numbers = _Unchanged(module), RandomState()
     try:
-        with torch.autocast("cpu", enabled=False), torch.enable_grad():
-            graph = Tracer(gradients=gradients).trace(module)
+        with torch.autocast("cpu", enabled=False):
+            with torch.inference_mode(False), torch.enable_grad():
+                graph = Tracer(gradients=gradients).trace(module)
+            with torch.inference_mode():
+                other = Tracer(gradients=False).trace(module)
     except Exception as error:
         unchanged.restore()
         numbers.restore()
         raise TypeError(str(error).strip().split("\n")[0] or type(error).__name__) from error
-    if not numbers.restore():
-        unchanged.restore()
-        raise ValueError("it draws random numbers")
-    if not unchanged.restore():
-        raise ValueError("it writes to the module")
+    drawn, written = not numbers.restore(), not unchanged.restore()
+    if drawn or written:
+        raise _ChangedError("it draws random numbers" if drawn else "it writes to the module")
+    if _nodes_of(graph) != _nodes_of(other):
+        raise ValueError("it asks whether gradients are recorded")
     return graph
+
+
+def _nodes_of(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    return [(node.op, node.target, str(node.args), str(node.kwargs)) for node in graph.nodes]
+
+
+@dataclass
+class Traced:
+    """A graph, and what of its module it was made of; nobody changes it. A pickle of it is empty."""
+
+    graph: fx.Graph | None = None
+    modules: list[nn.Module] = field(default_factory=list)
+    traits: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, module: nn.Module, graph: fx.Graph) -> Traced:
+        modules = list(module.modules())
+        return cls(graph, modules, _traits(modules))
+
+    def graph_of(self, module: nn.Module) -> fx.Graph | None:
+        """The graph, where it is still what the module's forward would be traced as."""
+        modules = list(module.modules())
+        return self.graph if modules == self.modules and _traits(modules) == self.traits else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
+        return Traced(self.graph, copy.deepcopy(self.modules, memo), self.traits)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return Traced, ()
+
+
+def _traits(modules: list[nn.Module]) -> list[Any]:
+    """What a forward may ask its modules for beside numbers. (Of the first, which it is, no hook counts.)"""
+    slots = [slots for module in modules for slots in (module._parameters, module._buffers)]
+    return [
+        *(module.training for module in modules),
+        *(bool(why_opaque(module)) for module in modules[1:]),
+        *((name, value is None) for kind in slots for name, value in kind.items()),
+        *(name for module in modules for name in module._modules),
+    ]
 
 
 def regions(model: nn.Module, *, gradients: bool) -> tuple[list[Region], dict[str, str]]:
@@ -202,9 +309,9 @@ def regions(model: nn.Module, *, gradients: bool) -> tuple[list[Region], dict[st
         if isinstance(module, (SeparableConv2d, nn.Conv2d)):
             return
         inner: list[tuple[str, nn.Module]] = []
-        if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        if type(module).forward is nn.Module.forward:  # a list of modules, or the like
             inner = list(module.named_children())
-        elif name and "forward" in module.__dict__:
+        elif "forward" in module.__dict__:
             reasons[name] = "has a forward of its own"
         else:
             try:
