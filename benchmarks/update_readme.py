@@ -1,8 +1,8 @@
 """Writes the tables and plots of README.md from benchmarks/results/.
 
 A machine is a folder there, with what `python -m fastsep bench --json` and benchmarks/training_step.py --json
-wrote. Its mobilenet_v1.json is shown layer by layer and drawn, so are gradients of the depthwise half; the
-others take a line each.
+wrote; that with the most results goes first. Its mobilenet_v1.json is shown layer by layer and drawn, so are
+gradients of the depthwise half on each machine; the others take a line each.
 
     python benchmarks/update_readme.py [--check]
 
@@ -194,14 +194,17 @@ def read(path: Path) -> Report | dict:
     return values
 
 
-def machine(folder: Path) -> str:
+def machine(folder: Path, *, layer_by_layer: bool) -> str:
     """All results of one machine in Markdown."""
     results = {path.stem: read(path) for path in sorted(folder.glob("*.json"))}
     reports = {name: result for name, result in results.items() if isinstance(result, Report)}
-    parts = [detail(reports["mobilenet_v1"])] if "mobilenet_v1" in reports else []
-    for name, text in PLOTS.items():
-        if name in reports:
-            parts.append(f"![{text}]({folder.relative_to(ROOT)}/{name}.png)")
+    if layer_by_layer:
+        parts = [detail(reports["mobilenet_v1"])] if "mobilenet_v1" in reports else []
+        for name, text in PLOTS.items():
+            if name in reports:
+                parts.append(f"![{text}]({folder.relative_to(ROOT)}/{name}.png)")
+    else:
+        parts = [f"**{title(report)[1]}**" for report in [*reports.values()][:1]]
     layers = [report for report in reports.values() if not report.whole]
     for show, chosen in (
         (summary, [report for report in layers if report.network != "depthwise"]),
@@ -233,7 +236,8 @@ def updated(text: str, folders: list[Path]) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"README.md must hold the lines {BEGIN.strip()} and {END.strip()}, in this order")
-    return before + BEGIN + "\n" + "\n".join(machine(folder) + "\n" for folder in folders) + END + after
+    tables = [machine(folder, layer_by_layer=i == 0) + "\n" for i, folder in enumerate(folders)]
+    return before + BEGIN + "\n" + "\n".join(tables) + END + after
 
 
 def main() -> int:
@@ -246,12 +250,13 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     readme = ROOT / "README.md"
-    folders = sorted(path for path in (ROOT / "benchmarks" / "results").iterdir() if path.is_dir())
+    folders = [path for path in (ROOT / "benchmarks" / "results").iterdir() if path.is_dir()]
+    folders.sort(key=lambda folder: (-len(list(folder.glob("*.json"))), folder.name))
     try:
         text = readme.read_text(encoding="utf-8")
         now = updated(text, folders)
         if not arguments.check:
-            for folder in folders:
+            for folder in folders[:1]:
                 draw(folder)
             write_whole(readme, now)
     except (OSError, ValueError) as error:
