@@ -106,9 +106,40 @@ struct ForwardExpanded {
       row.start = packed<T>(plan, plan.layout.depthwise_bias) + channel;
       row.start_stride = 0;
       row.clamp = clamp_of<T>(p.mid_activation);
-      Plain::depthwise_tile(plan, band, groups, row, scratch + layout.groups + channel * Rows);
+      if (p.out_channels == 0)
+        depthwise_to_output(plan, band, channel, row);
+      else
+        Plain::depthwise_tile(plan, band, groups, row, scratch + layout.groups + channel * Rows);
     }
-    Plain::pointwise_tile(plan, band, groups, scratch + layout.groups);
+    if (p.out_channels > 0) return Plain::pointwise_tile(plan, band, groups, scratch + layout.groups);
+    T* const output = output_row(plan, band, band.row_begin);
+    activate<V>(p.mid_activation, output, (band.row_end - band.row_begin) * plan.out_width * p.channels);
+  }
+
+  // Where the depthwise half is the end: row oy of the output.
+  static T* output_row(const ForwardPlan& plan, const Tile& band, int64_t oy) {
+    const int64_t row = band.image * plan.out_height + oy;
+    return static_cast<T*>(plan.output) + row * plan.out_width * plan.problem.channels;
+  }
+
+  // The channels of a panel, `row` for one filter of each, to all rows of the band.
+  static void depthwise_to_output(const ForwardPlan& plan, const Tile& band, int64_t channel, ChannelsLastRow<T> row) {
+    const Problem& p = plan.problem;
+    row.left = -p.pad_left;
+    row.pixels = plan.out_width;
+    row.output_stride = p.channels;
+    row.output_vector_stride = V::width;
+    row.whole_vectors = false;
+    int64_t rows;
+    for (int64_t oy = band.row_begin; oy < band.row_end; oy += rows) {
+      rows = takes_two_rows<V>(p) && oy + 1 < band.row_end ? 2 : 1;
+      row.top = oy * p.stride_h - p.pad_top;
+      row.output = output_row(plan, band, oy) + channel;
+      if (rows == 2)
+        channels_last_rows<V, Run>(row, plan.out_width * p.channels);
+      else
+        channels_last_row<V, Run>(row);
+    }
   }
 
   // What the product makes rows [begin, end) of e from.

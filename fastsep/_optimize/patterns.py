@@ -21,7 +21,7 @@ from ..modules import SeparableConv2d
 from .chains import Convolution, Reader, UnfitError
 from .live import LiveStep
 from .series import LinearStep, MeanStep
-from .steps import DenseStep, DepthwiseStep, ExpandedStep, PointwiseStep, SeparableStep
+from .steps import DenseStep, DepthwiseStep, ExpandedStep, ImageStep, PointwiseStep, SeparableStep
 from .trace import why_opaque
 
 
@@ -33,15 +33,20 @@ class Match:
     """
 
     nodes: list[fx.Node]
-    step: Callable[[Tensor], Tensor]
+    step: Callable[..., Tensor]
     kind: str
     convolution: Convolution | None = None
     expand: Convolution | None = None
+    operands: tuple[fx.Node, ...] | None = None  # what the step takes, where that is more than the input
 
     @property
     def input(self) -> fx.Node:
         (node,) = (arg for arg in self.nodes[0].args[:1] if isinstance(arg, fx.Node))
         return node
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        return (self.input,) if self.operands is None else self.operands
 
     def run(self, reader: Reader, x: Tensor) -> Tensor:
         """What the nodes compute from another input."""
@@ -154,7 +159,7 @@ def expanded_pair(reader: Reader, node: fx.Node) -> Match | None:
     residual = None
     if pointwise.weight.shape[0] == weight.shape[1]:
         residual = _sum_behind(reader, nodes[-1], source)
-    step = ExpandedStep(expand.convolution, expand.activation, *halves, residual=residual is not None)
+    step = ExpandedStep(expand.convolution, expand.activation, *halves, sum_with_input=residual is not None)
     kind = f"separable behind {expand.convolution.name}"
     if residual is not None:
         nodes.append(residual)
@@ -178,12 +183,40 @@ def _expansion_before(reader: Reader, node: fx.Node) -> Tail | None:
                 return None
         except UnfitError:
             return None
-    weight = convolution.weight
-    small = convolution.is_pointwise or weight.shape[1] <= _LARGEST_IMAGE
-    if convolution.groups != 1 or convolution.dilation != (1, 1) or not small or not weight.isfinite().all():
+    if not _is_expansion(convolution):
         return None
     expand = tail(reader, convolution, lenient=True)
     return expand if expand.nodes[-1] is parts[1] else None
+
+
+def _is_expansion(convolution: Convolution) -> bool:
+    """Whether a kernel makes rows of a convolution's result for a depthwise half behind it."""
+    weight = convolution.weight
+    small = convolution.is_pointwise or weight.shape[1] <= _LARGEST_IMAGE
+    plain = convolution.groups == 1 and convolution.dilation == (1, 1)
+    return plain and small and bool(weight.isfinite().all())
+
+
+def expanded_depthwise(reader: Reader, node: fx.Node) -> Match | None:
+    """Pointwise, or dense on an image -> [norm] -> [activation] -> depthwise -> [norm] -> [activation]."""
+    convolution = reader.convolution(node)
+    if convolution is None or not _is_expansion(convolution):
+        return None
+    expand = tail(reader, convolution, lenient=True)
+    if expand.next is None or not _reads_only(expand.next, expand.nodes[-1]):
+        return None
+    depthwise = reader.convolution(expand.next)
+    if (
+        depthwise is None
+        or not depthwise.is_depthwise
+        or depthwise.weight.shape[0] != convolution.weight.shape[0]
+    ):
+        return None
+    _check_native(convolution, depthwise)
+    only = tail(reader, depthwise, lenient=True)
+    step = ExpandedStep(expand.convolution, expand.activation, only.convolution, only.activation)
+    kind = f"depthwise behind {convolution.name}"
+    return Match([*expand.nodes, *only.nodes], step, kind, depthwise, expand.convolution)
 
 
 def _sum_behind(reader: Reader, node: fx.Node, source: Any) -> fx.Node | None:
@@ -292,6 +325,52 @@ def lone_pointwise(reader: Reader, node: fx.Node) -> Match | None:
     return Match(only.nodes, PointwiseStep(only.convolution, only.activation), "pointwise", convolution)
 
 
+def gated_pointwise(reader: Reader, node: fx.Node) -> Match | None:
+    """A product with factors that are made of the other factor's mean over each plane -> pointwise."""
+    if node.target not in (operator.mul, torch.mul, "mul") or len(node.args) != 2 or node.kwargs:
+        return None
+    a, b = node.args
+    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
+        return None
+    x, gate = (a, b) if _is_made_of_mean(reader, b, a) else (b, a)
+    users = list(node.users)
+    if not _is_made_of_mean(reader, gate, x) or len(users) != 1 or not _reads_only(users[0], node):
+        return None
+    convolution = reader.convolution(users[0])
+    if convolution is None or not replace(convolution, stride=(1, 1)).is_pointwise:
+        return None
+    _check_native(convolution)
+    only = tail(reader, convolution, lenient=True)
+    step = PointwiseStep(only.convolution, only.activation, gated=True)
+    return Match([node, *only.nodes], step, "gated pointwise", operands=(x, gate))
+
+
+def _is_made_of_mean(reader: Reader, node: fx.Node, source: fx.Node) -> bool:
+    """Whether convolutions and activations lead from the mean over each plane of `source` to a node."""
+    while node.args and isinstance(before := node.args[0], fx.Node) and _reads_only(node, before):
+        if before is source:
+            mean = mean_over_plane(reader, node)
+            return mean is not None and isinstance(mean.step, MeanStep) and mean.step.keepdim
+        try:
+            known = reader.convolution(node), reader.activation(node), reader.affine(node)
+        except UnfitError:
+            return False
+        if known == (None, None, None) and not reader.is_identity(node):
+            return False
+        node = before
+    return False
+
+
+def image_convolution(reader: Reader, node: fx.Node) -> Match | None:
+    """A dense convolution on an image -> [norm] -> [activation]."""
+    convolution = reader.convolution(node)
+    if convolution is None or convolution.is_pointwise or not _is_expansion(convolution):
+        return None
+    _check_native(convolution)
+    only = tail(reader, convolution, lenient=True)
+    return Match(only.nodes, ImageStep(only.convolution, only.activation), "image", convolution)
+
+
 def dense(reader: Reader, node: fx.Node) -> Match | None:
     """Any other convolution -> [norm] -> [activation], by torch's convolution."""
     convolution = reader.convolution(node)
@@ -347,7 +426,7 @@ def _flattens(reader: Reader, node: fx.Node) -> bool:
 
 
 def linear(reader: Reader, node: fx.Node) -> Match | None:
-    """A linear layer, which torch would stream row-major."""
+    """A linear layer, which torch would stream row-major -> [activation]."""
     module = reader.module(node)
     if type(module) is not nn.Linear or why_opaque(module) or len(node.args) != 1 or node.kwargs:
         return None
@@ -355,7 +434,18 @@ def linear(reader: Reader, node: fx.Node) -> Match | None:
         return None
     if _native.core is None or module.weight.device.type != "cpu":
         return None
-    return Match([node], LinearStep(node, module.weight, module.bias), "linear")
+    nodes, activation = [node], "identity"
+    while len(users := list(nodes[-1].users)) == 1 and _reads_only(users[0], nodes[-1]):
+        try:
+            name = None if reader.is_identity(users[0]) else reader.activation(users[0])
+        except UnfitError:
+            break
+        if name is not None and activation == "identity":
+            activation = name
+        elif not reader.is_identity(users[0]):
+            break
+        nodes.append(users[0])
+    return Match(nodes, LinearStep(node, module.weight, module.bias, activation), "linear")
 
 
 Pattern = Callable[[Reader, fx.Node], Match | None]
@@ -364,7 +454,10 @@ Pattern = Callable[[Reader, fx.Node], Match | None]
 PATTERNS: Sequence[Pattern] = (expanded_pair, separable_pair)
 TRAINING_PATTERNS: Sequence[Pattern] = (live_pair,)
 # What is around the pairs.
-SURROUNDINGS: Sequence[Pattern] = (lone_depthwise, lone_pointwise, dense, mean_over_plane, linear)
+SURROUNDINGS: Sequence[Pattern] = (
+    *(expanded_depthwise, gated_pointwise, lone_depthwise, lone_pointwise, image_convolution, dense),
+    *(mean_over_plane, linear),
+)
 
 
 def describe(reader: Reader, node: fx.Node) -> str:
