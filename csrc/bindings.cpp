@@ -160,8 +160,17 @@ void forward_packed(const py::tuple& fields, const std::string& isa_name, uintpt
   });
 }
 
-// A problem, its packed weights and their size, and the values that it reads: x, gate, residual.
+// A problem, its packed weights and their size, and the values that it reads: x, gate, residual. Or the fields of an
+// interleave, nothing, and the two values.
 using SeriesFields = std::tuple<py::tuple, uintptr_t, size_t, int, int, int>;
+
+Interleave to_interleave(const py::tuple& fields) {
+  const auto field = [&](size_t i) { return fields[i].cast<int64_t>(); };
+  const Dtype dtype = field(0) == 0 ? Dtype::f32 : field(0) == 1 ? Dtype::f64 : Dtype::f16;
+  const Interleave interleave = {dtype, field(1), field(2), field(3), field(4), field(5)};
+  check(validate(interleave));
+  return interleave;
+}
 
 // What is known of a value of a series.
 struct SeriesValue {
@@ -169,33 +178,37 @@ struct SeriesValue {
   size_t bytes;
 };
 
-void expect_operand(const std::string& call, const char* name, int value, size_t takes,
-                    std::vector<SeriesValue>* values) {
+void expect_operand(const std::string& call, int value, size_t takes, std::vector<SeriesValue>* values) {
   if (value < 0 || static_cast<size_t>(value) >= values->size())
-    throw py::value_error(call + " reads value " + std::to_string(value) + " as " + name + ", expected one of the " +
+    throw py::value_error(call + " reads value " + std::to_string(value) + ", expected one of the " +
                           std::to_string(values->size()) + " before it");
   SeriesValue& known = (*values)[static_cast<size_t>(value)];
   if (known.known && known.bytes != takes)
-    throw py::value_error(call + " takes " + std::to_string(takes) + " bytes as " + name + ", but value " +
-                          std::to_string(value) + " has " + std::to_string(known.bytes));
+    throw py::value_error(call + " takes " + std::to_string(takes) + " bytes, but value " + std::to_string(value) +
+                          " has " + std::to_string(known.bytes));
   known = {true, takes};
 }
 
 Series to_series(const std::vector<SeriesFields>& fields, int inputs, const std::vector<int>& outputs) {
+  constexpr size_t interleave_fields = 6;
   if (fields.empty()) throw py::value_error("calls is empty, expected at least one");
   if (inputs < 1) throw py::value_error("inputs is " + std::to_string(inputs) + ", expected at least one");
   std::vector<Series::Call> calls;
   std::vector<SeriesValue> values(static_cast<size_t>(inputs), {false, 0});
-  for (const auto& [problem_fields, packed, packed_size, x, gate, residual] : fields) {
-    const Problem problem = to_problem(problem_fields);
-    const std::string call = "call " + std::to_string(calls.size());
-    if (problem.gate != (gate != Series::none) || (residual != Series::none && !problem.residual))
-      throw py::value_error(call + " has a gate or residual that its problem has not, or the other way round");
-    expect_operand(call, "x", x, input_bytes(problem), &values);
-    if (problem.gate) expect_operand(call, "gate", gate, gate_bytes(problem), &values);
-    if (residual != Series::none) expect_operand(call, "residual", residual, output_bytes(problem), &values);
-    values.push_back({true, output_bytes(problem)});
-    calls.push_back({problem, address(packed), packed_size, x, gate, residual});
+  for (const auto& [what, packed, packed_size, first, second, third] : fields) {
+    const std::string name = "call " + std::to_string(calls.size());
+    Series::Call call = {{}, first, second, third};
+    if (what.size() == interleave_fields) {
+      call.what = to_interleave(what);
+    } else {
+      const Problem problem = to_problem(what);
+      if (problem.gate != (second != Series::none) || (third != Series::none && !problem.residual))
+        throw py::value_error(name + " has a gate or residual that its problem has not, or the other way round");
+      call.what = Series::Forward{problem, address(packed), packed_size};
+    }
+    for (const auto& [value, bytes] : Series::reads(call)) expect_operand(name, value, bytes, &values);
+    values.push_back({true, Series::result_bytes(call)});
+    calls.push_back(call);
   }
   if (outputs.empty()) throw py::value_error("outputs is empty, expected at least one");
   for (int output : outputs)

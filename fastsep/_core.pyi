@@ -80,7 +80,9 @@ class Series:
     """Calls of forward_packed() one after the other, on values: the inputs, then the results of the calls.
 
     calls: a problem, the address and the size of its packed weights, and the numbers of the values that it
-    reads, input, gate and residual, -1 for none. The weights must outlive this.
+    reads, input, gate and residual, -1 for none. The weights must outlive this. Or the channel shuffle of two
+    values alike, their channels in turn: dtype, batch, channels and pixels of one of them, the first channel
+    wanted of the shuffled ones and the one behind the last; 0, 0; the two values, -1.
     outputs: the values that are wanted, results of calls.
 
     ValueError where one takes another number of bytes than a value has.

@@ -403,13 +403,13 @@ def test_series_refuses_what_does_not_fit():
     other = (1, 8, 5, 4, *problem[4:])
     gated = (*problem[:6], 1, 1, *problem[8:12], 0, 0, 0, 0, *problem[16:], 0, 1)
     first = problem, 64, 10, 0, -1, -1
-    with pytest.raises(ValueError, match="call 1 takes 640 bytes as x, but value 1 has 800"):
+    with pytest.raises(ValueError, match="call 1 takes 640 bytes, but value 1 has 800"):
         series([first, (other, 64, 10, 1, -1, -1)], 1, [2])
-    with pytest.raises(ValueError, match="call 1 takes 32 bytes as gate, but value 1 has 800"):
+    with pytest.raises(ValueError, match="call 1 takes 32 bytes, but value 1 has 800"):
         series([first, (gated, 64, 10, 0, 1, -1)], 1, [2])
-    with pytest.raises(ValueError, match="call 1 takes 640 bytes as x, but value 0 has 800"):
+    with pytest.raises(ValueError, match="call 1 takes 640 bytes, but value 0 has 800"):
         series([first, (other, 64, 10, 0, -1, -1)], 1, [2])
-    with pytest.raises(ValueError, match="call 0 reads value 1 as x, expected one of the 1 before it"):
+    with pytest.raises(ValueError, match="call 0 reads value 1, expected one of the 1 before it"):
         series([(problem, 64, 10, 1, -1, -1)], 1, [1])
     for operands, what in (((0, -1, -1), gated), ((0, 0, -1), problem), ((0, -1, 0), problem)):
         with pytest.raises(ValueError, match="a gate or residual that its problem has not"):

@@ -30,7 +30,7 @@ size_t output_bytes(const Problem& p) {
 
 Series::Series(std::vector<Call> calls, int inputs, std::vector<int> outputs)
     : calls_(std::move(calls)), inputs_(static_cast<size_t>(inputs)), outputs_(std::move(outputs)) {
-  while (by_images_ < calls_.size() && calls_[by_images_].problem.batch == batch()) ++by_images_;
+  while (by_images_ < calls_.size() && batch(calls_[by_images_]) == batch()) ++by_images_;
   place_values();
 }
 
@@ -40,16 +40,11 @@ void Series::place_values() {
   values_.resize(last_use.size());
   for (size_t i = 0; i < inputs_; ++i) values_[i] = {Place::input, i, 0};
   for (size_t i = 0; i < calls_.size(); ++i) {
-    const Call& call = calls_[i];
-    const std::pair<int, size_t> reads[] = {{call.x, input_bytes(call.problem)},
-                                            {call.gate, gate_bytes(call.problem)},
-                                            {call.residual, output_bytes(call.problem)}};
-    for (const auto& [value, bytes] : reads) {
-      if (value == none) continue;
+    for (const auto& [value, bytes] : reads(calls_[i])) {
       last_use[static_cast<size_t>(value)] = i;
       if (static_cast<size_t>(value) < inputs_) values_[static_cast<size_t>(value)].bytes = bytes;
     }
-    values_[inputs_ + i] = {Place::group, 0, output_bytes(call.problem)};
+    values_[inputs_ + i] = {Place::group, 0, result_bytes(calls_[i])};
   }
   for (size_t i = inputs_; i < inputs_ + by_images_; ++i) {
     if (last_use[i] < by_images_) continue;
@@ -86,9 +81,37 @@ size_t Series::place(size_t begin, size_t end, size_t batch, const std::vector<s
   return total;
 }
 
+int64_t Series::batch(const Call& call) {
+  const auto* const forward = std::get_if<Forward>(&call.what);
+  return forward != nullptr ? forward->problem.batch : std::get<Interleave>(call.what).batch;
+}
+
+std::vector<std::pair<int, size_t>> Series::reads(const Call& call) {
+  std::vector<std::pair<int, size_t>> result;
+  if (const auto* const forward = std::get_if<Forward>(&call.what)) {
+    const Problem& p = forward->problem;
+    result.emplace_back(call.first, input_bytes(p));
+    if (p.gate) result.emplace_back(call.second, gate_bytes(p));
+    if (call.third != none) result.emplace_back(call.third, output_bytes(p));
+  } else {
+    for (int value : {call.first, call.second})
+      result.emplace_back(value, input_bytes(std::get<Interleave>(call.what)));
+  }
+  return result;
+}
+
+size_t Series::result_bytes(const Call& call) {
+  const auto* const forward = std::get_if<Forward>(&call.what);
+  return forward != nullptr ? output_bytes(forward->problem) : output_bytes(std::get<Interleave>(call.what));
+}
+
 Series::Call Series::part(size_t call, int64_t images) const {
   Call result = calls_[call];
-  if (call < by_images_) result.problem.batch = images;
+  if (call >= by_images_) return result;
+  if (auto* const forward = std::get_if<Forward>(&result.what))
+    forward->problem.batch = images;
+  else
+    std::get<Interleave>(result.what).batch = images;
   return result;
 }
 
@@ -108,8 +131,10 @@ Status Series::workspace_bytes(Isa isa, int threads, size_t* bytes) const {
   for (size_t i = 0; i < calls_.size(); ++i) {
     // Fewer images may be cut into more tiles, which take more scratch.
     for (int64_t count : {images, rest}) {
-      if (count == 0 && images > 0) continue;
-      const Status status = fastsep::workspace_bytes(part(i, count).problem, isa, threads, false, bytes);
+      const Call call = part(i, count);
+      const auto* const forward = std::get_if<Forward>(&call.what);
+      if (forward == nullptr || (count == 0 && images > 0)) continue;
+      const Status status = fastsep::workspace_bytes(forward->problem, isa, threads, false, bytes);
       if (status != Status::ok) return status;
       largest = std::max(largest, *bytes);
     }
@@ -153,9 +178,15 @@ Status Series::run_calls(size_t begin, size_t end, int64_t first, int64_t images
   const auto at = [&](int value) { return address(value, first, images, memory); };
   for (size_t i = begin; i < end; ++i) {
     const Call call = part(i, images);
-    const Inputs inputs(at(call.x), at(call.gate), at(call.residual));
-    const Status status = forward(call.problem, isa, inputs, call.packed, call.packed_size,
-                                  at(static_cast<int>(inputs_ + i)), memory.scratch, memory.scratch_bytes, executor);
+    void* const to = at(static_cast<int>(inputs_ + i));
+    const auto* const forward = std::get_if<Forward>(&call.what);
+    if (forward == nullptr) {
+      run_interleave(std::get<Interleave>(call.what), at(call.first), at(call.second), to, executor);
+      continue;
+    }
+    const Inputs inputs(at(call.first), at(call.second), at(call.third));
+    const Status status = fastsep::forward(forward->problem, isa, inputs, forward->packed, forward->packed_size, to,
+                                           memory.scratch, memory.scratch_bytes, executor);
     if (status != Status::ok) return status;
   }
   return Status::ok;

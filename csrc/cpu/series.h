@@ -1,4 +1,5 @@
-// A straight-line program of forward calls: each reads inputs of the series and results of calls before it.
+// A straight-line program of forward calls and channel shuffles: each reads inputs of the series and results of calls
+// before it.
 //
 // What lies between them stays in the workspace, which is warm, where fresh tensors would be written to colder memory,
 // and a result gives its place to later ones once nobody reads it any more. A batch goes through in groups of images,
@@ -7,9 +8,12 @@
 #pragma once
 
 #include <cstddef>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include "fastsep.h"
+#include "interleave.h"
 
 namespace fastsep {
 
@@ -21,12 +25,19 @@ class Series {
  public:
   // Values are numbered: the inputs of the series, then the results of its calls in their order.
   static constexpr int none = -1;
-  struct Call {
+  struct Forward {
     Problem problem;
     const void* packed;
     size_t packed_size;
-    int x, gate = none, residual = none;  // earlier values, as the problem asks for them
   };
+  struct Call {
+    std::variant<Forward, Interleave> what;
+    // Earlier values: x, gate and residual, as the problem asks for them, or the two that are interleaved.
+    int first, second = none, third = none;
+  };
+  // What a call reads, and how many bytes of it.
+  static std::vector<std::pair<int, size_t>> reads(const Call& call);
+  static size_t result_bytes(const Call& call);
 
   // At least one call, each valid, reading values of as many bytes as it takes, in the layout that it takes. `outputs`
   // are results of calls.
@@ -65,7 +76,8 @@ class Series {
     size_t scratch_bytes;
   };
 
-  int64_t batch() const { return calls_[0].problem.batch; }
+  int64_t batch() const { return batch(calls_[0]); }
+  static int64_t batch(const Call& call);
   int64_t images(int threads) const;
   size_t group_bytes(int64_t images) const;
   bool is_by_images(size_t value) const { return value < inputs_ || value - inputs_ < by_images_; }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +20,7 @@ from .. import _native
 from ..modules import SeparableConv2d
 from .chains import Convolution, Reader, UnfitError
 from .live import LiveStep
-from .series import LinearStep, MeanStep
-from .steps import DenseStep, DepthwiseStep, ExpandedStep, ImageStep, PointwiseStep, SeparableStep
-from .trace import why_opaque
+from .steps import ExpandedStep, SeparableStep
 
 
 @dataclass
@@ -91,7 +89,7 @@ def tail(
     if activation == "identity":
         activation = convolution.activation
     result = Tail(convolution, activation, [convolution.node])
-    while (node := result.next) is not None and _reads_only(node, result.nodes[-1]):
+    while (node := result.next) is not None and reads_only(node, result.nodes[-1]):
         try:
             if reader.is_identity(node):
                 pass
@@ -111,7 +109,7 @@ def tail(
     return result
 
 
-def _reads_only(node: fx.Node, source: fx.Node) -> bool:
+def reads_only(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node takes another's result as its first argument and no second time."""
     arguments: list[fx.Node] = []
     fx.node.map_arg((node.args[1:], node.kwargs), arguments.append)
@@ -127,7 +125,7 @@ def separable_pair(reader: Reader, node: fx.Node) -> Match | None:
         return None
     first = tail(reader, convolution)
     pointwise = _pointwise_behind(reader, first)
-    _check_native(convolution, pointwise)
+    check_native(convolution, pointwise)
     second = tail(reader, pointwise, lenient=True)
     step = SeparableStep(first.convolution, first.activation, second.convolution, second.activation)
     return Match([*first.nodes, *second.nodes], step, "separable", convolution)
@@ -154,7 +152,7 @@ def expanded_pair(reader: Reader, node: fx.Node) -> Match | None:
     weight = expand.convolution.weight
     if depthwise.weight.shape[0] != weight.shape[0] or weight.dtype != depthwise.weight.dtype:
         return None  # a depth multiplier
-    _check_native(expand.convolution, depthwise)
+    check_native(expand.convolution, depthwise)
     nodes, source = [*expand.nodes, *pair.nodes], expand.nodes[0].args[0]
     residual = None
     if pointwise.weight.shape[0] == weight.shape[1]:
@@ -172,7 +170,7 @@ def _expansion_before(reader: Reader, node: fx.Node) -> Tail | None:
     parts = [node]
     while True:
         before = parts[-1].args[0] if parts[-1].args else None
-        if not isinstance(before, fx.Node) or len(before.users) != 1 or not _reads_only(parts[-1], before):
+        if not isinstance(before, fx.Node) or len(before.users) != 1 or not reads_only(parts[-1], before):
             return None
         parts.append(before)
         try:
@@ -183,40 +181,18 @@ def _expansion_before(reader: Reader, node: fx.Node) -> Tail | None:
                 return None
         except UnfitError:
             return None
-    if not _is_expansion(convolution):
+    if not is_expansion(convolution):
         return None
     expand = tail(reader, convolution, lenient=True)
     return expand if expand.nodes[-1] is parts[1] else None
 
 
-def _is_expansion(convolution: Convolution) -> bool:
+def is_expansion(convolution: Convolution) -> bool:
     """Whether a kernel makes rows of a convolution's result for a depthwise half behind it."""
     weight = convolution.weight
     small = convolution.is_pointwise or weight.shape[1] <= _LARGEST_IMAGE
     plain = convolution.groups == 1 and convolution.dilation == (1, 1)
     return plain and small and bool(weight.isfinite().all())
-
-
-def expanded_depthwise(reader: Reader, node: fx.Node) -> Match | None:
-    """Pointwise, or dense on an image -> [norm] -> [activation] -> depthwise -> [norm] -> [activation]."""
-    convolution = reader.convolution(node)
-    if convolution is None or not _is_expansion(convolution):
-        return None
-    expand = tail(reader, convolution, lenient=True)
-    if expand.next is None or not _reads_only(expand.next, expand.nodes[-1]):
-        return None
-    depthwise = reader.convolution(expand.next)
-    if (
-        depthwise is None
-        or not depthwise.is_depthwise
-        or depthwise.weight.shape[0] != convolution.weight.shape[0]
-    ):
-        return None
-    _check_native(convolution, depthwise)
-    only = tail(reader, depthwise, lenient=True)
-    step = ExpandedStep(expand.convolution, expand.activation, only.convolution, only.activation)
-    kind = f"depthwise behind {convolution.name}"
-    return Match([*expand.nodes, *only.nodes], step, kind, depthwise, expand.convolution)
 
 
 def _sum_behind(reader: Reader, node: fx.Node, source: Any) -> fx.Node | None:
@@ -236,7 +212,7 @@ def _sum_behind(reader: Reader, node: fx.Node, source: Any) -> fx.Node | None:
 def _separable_layer(reader: Reader, node: fx.Node, layer: SeparableConv2d) -> Match:
     """The layer, with a norm and an activation behind it."""
     depthwise, mid, pointwise, activation = reader.separable(node, layer)
-    _check_native(depthwise, pointwise)
+    check_native(depthwise, pointwise)
     second = tail(reader, pointwise, activation, lenient=True)
     step = SeparableStep(depthwise, mid, second.convolution, second.activation)
     return Match(second.nodes, step, "separable", depthwise)
@@ -251,7 +227,7 @@ def live_pair(reader: Reader, node: fx.Node) -> Match | None:
         return None
     first = tail(reader, convolution)
     pointwise = _pointwise_behind(reader, first)
-    _check_native(convolution, pointwise)
+    check_native(convolution, pointwise)
     for half in (convolution, pointwise):
         if half.module is None:
             raise UnfitError(f"{half.name} is no nn.Conv2d")
@@ -266,7 +242,7 @@ def _pointwise_behind(reader: Reader, first: Tail) -> Convolution:
         if _is_gated(reader, last):
             raise UnfitError("squeeze-and-excite between")
         raise UnfitError(f"what lies behind {name} is used {len(last.users)} times")
-    pointwise = reader.convolution(first.next) if _reads_only(first.next, last) else None
+    pointwise = reader.convolution(first.next) if reads_only(first.next, last) else None
     if pointwise is None:
         raise UnfitError(f"followed by {describe(reader, first.next)}, not by a pointwise convolution")
     if not pointwise.is_pointwise:
@@ -288,7 +264,7 @@ def _is_gated(reader: Reader, node: fx.Node) -> bool:
     return pooled or any(user.target in _POOLS for user in node.users)
 
 
-def _check_native(*convolutions: Convolution) -> None:
+def check_native(*convolutions: Convolution) -> None:
     """UnfitError where no kernel takes these weights."""
     if _native.core is None:
         raise UnfitError(f"native module missing: {_native.missing}")
@@ -305,159 +281,11 @@ def _check_native(*convolutions: Convolution) -> None:
                 raise UnfitError(f"weights of {first.dtype} and {weight.dtype}")
 
 
-def lone_depthwise(reader: Reader, node: fx.Node) -> Match | None:
-    """Depthwise -> [norm] -> [activation], with anything behind."""
-    convolution = reader.convolution(node)
-    if convolution is None or not convolution.is_depthwise:
-        return None
-    _check_native(convolution)
-    only = tail(reader, convolution, lenient=True)
-    return Match(only.nodes, DepthwiseStep(only.convolution, only.activation), "depthwise", convolution)
-
-
-def lone_pointwise(reader: Reader, node: fx.Node) -> Match | None:
-    """Pointwise, of any stride -> [norm] -> [activation]."""
-    convolution = reader.convolution(node)
-    if convolution is None or not replace(convolution, stride=(1, 1)).is_pointwise:
-        return None
-    _check_native(convolution)
-    only = tail(reader, convolution, lenient=True)
-    return Match(only.nodes, PointwiseStep(only.convolution, only.activation), "pointwise", convolution)
-
-
-def gated_pointwise(reader: Reader, node: fx.Node) -> Match | None:
-    """A product with factors that are made of the other factor's mean over each plane -> pointwise."""
-    if node.target not in (operator.mul, torch.mul, "mul") or len(node.args) != 2 or node.kwargs:
-        return None
-    a, b = node.args
-    if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
-        return None
-    x, gate = (a, b) if _is_made_of_mean(reader, b, a) else (b, a)
-    users = list(node.users)
-    if not _is_made_of_mean(reader, gate, x) or len(users) != 1 or not _reads_only(users[0], node):
-        return None
-    convolution = reader.convolution(users[0])
-    if convolution is None or not replace(convolution, stride=(1, 1)).is_pointwise:
-        return None
-    _check_native(convolution)
-    only = tail(reader, convolution, lenient=True)
-    step = PointwiseStep(only.convolution, only.activation, gated=True)
-    return Match([node, *only.nodes], step, "gated pointwise", operands=(x, gate))
-
-
-def _is_made_of_mean(reader: Reader, node: fx.Node, source: fx.Node) -> bool:
-    """Whether convolutions and activations lead from the mean over each plane of `source` to a node."""
-    while node.args and isinstance(before := node.args[0], fx.Node) and _reads_only(node, before):
-        if before is source:
-            mean = mean_over_plane(reader, node)
-            return mean is not None and isinstance(mean.step, MeanStep) and mean.step.keepdim
-        try:
-            known = reader.convolution(node), reader.activation(node), reader.affine(node)
-        except UnfitError:
-            return False
-        if known == (None, None, None) and not reader.is_identity(node):
-            return False
-        node = before
-    return False
-
-
-def image_convolution(reader: Reader, node: fx.Node) -> Match | None:
-    """A dense convolution on an image -> [norm] -> [activation]."""
-    convolution = reader.convolution(node)
-    if convolution is None or convolution.is_pointwise or not _is_expansion(convolution):
-        return None
-    _check_native(convolution)
-    only = tail(reader, convolution, lenient=True)
-    return Match(only.nodes, ImageStep(only.convolution, only.activation), "image", convolution)
-
-
-def dense(reader: Reader, node: fx.Node) -> Match | None:
-    """Any other convolution -> [norm] -> [activation], by torch's convolution."""
-    convolution = reader.convolution(node)
-    if convolution is None:
-        return None
-    _check_native(convolution)  # other dtypes and devices are the model's own affair
-    if convolution.padding == "same" and convolution.stride != (1, 1):
-        raise UnfitError("its padding depends on the input")
-    if (
-        convolution.padding[:1] != convolution.padding[1:2]
-        or convolution.padding[2:3] != convolution.padding[3:]
-    ):
-        raise UnfitError("its padding differs from side to side")
-    only = tail(reader, convolution, lenient=True)
-    return Match(only.nodes, DenseStep(only.convolution, only.activation), "dense", convolution)
-
-
-def mean_over_plane(reader: Reader, node: fx.Node) -> Match | None:
-    """Global average pooling, as a module, a function or a mean -> [flatten]."""
-    module, given = reader.module(node), node.args[1:]
-    dims: Any = (-2, -1)
-    size: Any = 1
-    keepdim: Any = True
-    if type(module) is nn.AdaptiveAvgPool2d and not why_opaque(module) and not given:
-        size = module.output_size
-    elif node.target is F.adaptive_avg_pool2d and len(given) == 1 and not node.kwargs:
-        (size,) = given
-    elif node.target in (torch.mean, "mean") and len(given) == 1 and node.kwargs.keys() <= {"keepdim"}:
-        (dims,), keepdim = given, node.kwargs.get("keepdim", False)
-    else:
-        return None
-    plane = isinstance(dims, tuple | list) and tuple(dims) in ((2, 3), (-2, -1))
-    if size not in (1, (1, 1), [1, 1]) or not plane or not isinstance(keepdim, bool):
-        return None
-    if _native.core is None or not isinstance(node.args[0], fx.Node):
-        return None
-    nodes = [node]
-    while keepdim and len(users := list(nodes[-1].users)) == 1 and _reads_only(users[0], nodes[-1]):
-        if _flattens(reader, users[0]):
-            keepdim = False
-        elif not reader.is_identity(users[0]):
-            break
-        nodes.append(users[0])
-    return Match(nodes, MeanStep(node, tuple(dims), keepdim=keepdim), "mean")
-
-
-def _flattens(reader: Reader, node: fx.Node) -> bool:
-    """Whether a node makes [N, C] of [N, C, 1, 1]."""
-    module = reader.module(node)
-    if type(module) is nn.Flatten and not why_opaque(module):
-        return (module.start_dim, module.end_dim) == (1, -1) and len(node.args) == 1
-    return node.target in (torch.flatten, "flatten") and node.args[1:] in ((1,), (1, -1)) and not node.kwargs
-
-
-def linear(reader: Reader, node: fx.Node) -> Match | None:
-    """A linear layer, which torch would stream row-major -> [activation]."""
-    module = reader.module(node)
-    if type(module) is not nn.Linear or why_opaque(module) or len(node.args) != 1 or node.kwargs:
-        return None
-    if type(module.weight) is not nn.Parameter or module.weight.dtype not in _native.DTYPES:
-        return None
-    if _native.core is None or module.weight.device.type != "cpu":
-        return None
-    nodes, activation = [node], "identity"
-    while len(users := list(nodes[-1].users)) == 1 and _reads_only(users[0], nodes[-1]):
-        try:
-            name = None if reader.is_identity(users[0]) else reader.activation(users[0])
-        except UnfitError:
-            break
-        if name is not None and activation == "identity":
-            activation = name
-        elif not reader.is_identity(users[0]):
-            break
-        nodes.append(users[0])
-    return Match(nodes, LinearStep(node, module.weight, module.bias, activation), "linear")
-
-
 Pattern = Callable[[Reader, fx.Node], Match | None]
 
 # With a depthwise convolution among them, so that their reasons are reported.
 PATTERNS: Sequence[Pattern] = (expanded_pair, separable_pair)
 TRAINING_PATTERNS: Sequence[Pattern] = (live_pair,)
-# What is around the pairs.
-SURROUNDINGS: Sequence[Pattern] = (
-    *(expanded_depthwise, gated_pointwise, lone_depthwise, lone_pointwise, image_convolution, dense),
-    *(mean_over_plane, linear),
-)
 
 
 def describe(reader: Reader, node: fx.Node) -> str:

@@ -10,9 +10,11 @@ from torch import fx, nn
 
 from .aliases import copies_show
 from .chains import Reader, UnfitError
-from .patterns import SURROUNDINGS, Match
+from .patterns import Match
 from .series import SeriesStep
+from .shuffles import take_halves
 from .steps import PackedStep, add
+from .surroundings import SURROUNDINGS
 from .trace import Region
 
 
@@ -61,6 +63,7 @@ def rewrite(
     channels_last = False
     if inference:
         _drop_identities(graph, reader)
+        take_halves(graph, fresh)
         _add_to_steps(graph, reader, fresh)
         channels_last = _prepare_channels_last(graph, reader, fresh)
         _join(graph)

@@ -1,6 +1,8 @@
 // A series of calls is the same calls one by one, to the bit: as one group of images and as several, for any number of
 // threads, in a workspace between guard pages.
 #include <cstring>
+#include <utility>
+#include <variant>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -40,6 +42,7 @@ Problem with_gate(Problem p) {
 struct Line {
   Problem problem;
   int x, gate, residual;
+  Interleave interleave = {};  // with channels: the call is this, of x and `gate`
 };
 
 struct Program {
@@ -78,6 +81,24 @@ Program gated(int64_t batch, int64_t size) {
            {with_residual(whole), 2, none, 7}}};
 }
 
+// The units of ShuffleNet: results in turn, in halves of an odd number of channels and whole.
+Program shuffled(int64_t batch, int64_t size) {
+  const auto interleave = [&](int a, int b, int64_t channels, int64_t begin, int64_t end) {
+    return Line{{}, a, b, none, {Dtype::f32, batch, channels, size * size, begin, end}};
+  };
+  return {"shuffles",
+          2,
+          {interleave(0, 1, 8, 0, 8),
+           interleave(0, 1, 8, 8, 16),
+           {pair(batch, 8, size, 3, 1, 9), 3, none, none},
+           {pair(batch, 8, size, 1, 1, 9), 2, none, none},
+           interleave(5, 4, 9, 0, 9),
+           interleave(5, 4, 9, 9, 18),
+           {pair(batch, 9, size, 1, 1, 9), 7, none, none},
+           interleave(6, 8, 9, 0, 18),
+           interleave(6, 8, 9, 3, 4)}};
+}
+
 template <class T>
 void test(const Kernel& kernel, Program program, int64_t batch, int64_t size) {
   const Case c = {
@@ -86,6 +107,12 @@ void test(const Kernel& kernel, Program program, int64_t batch, int64_t size) {
   std::vector<Guarded> packed;
   std::vector<Series::Call> calls;
   for (Line& line : program.lines) {
+    if (line.interleave.channels > 0) {
+      line.interleave.dtype = kernel.dtype;
+      expect(validate(line.interleave) == Status::ok, kernel, c, line.problem, "validate");
+      calls.push_back({line.interleave, line.x, line.gate});
+      continue;
+    }
     Problem& p = line.problem;
     p.dtype = kernel.dtype;
     expect(validate(p) == Status::ok, kernel, c, p, "validate");
@@ -97,25 +124,36 @@ void test(const Kernel& kernel, Program program, int64_t batch, int64_t size) {
     const Weights weights = {depthwise.as(), nullptr, pointwise.as(), nullptr};
     expect(pack(p, kernel.isa, weights, packed.back().as(), bytes, current_executor()) == Status::ok, kernel, c, p,
            "pack");
-    calls.push_back({p, packed.back().as(), bytes, line.x, line.gate, line.residual});
+    calls.push_back({Series::Forward{p, packed.back().as(), bytes}, line.x, line.gate, line.residual});
   }
-  const auto result_of = [](const Problem& p) { return int64_t(output_bytes(p) / sizeof(T)); };
-  const Problem& first = program.lines.front().problem;
   std::vector<Guarded> values;
-  for (int i = 0; i < program.inputs; ++i) values.push_back(numbers.drawn(int64_t(input_bytes(first) / sizeof(T))));
+  for (int i = 0; i < program.inputs; ++i)
+    values.push_back(numbers.drawn(int64_t(Series::reads(calls.front()).front().second / sizeof(T))));
   std::vector<const void*> inputs;
   for (const Guarded& value : values) inputs.push_back(value.as());
 
   set_num_threads(1);
-  for (const Series::Call& call : calls) {
+  for (size_t i = 0; i < calls.size(); ++i) {
+    const Series::Call& call = calls[i];
+    const Line& line = program.lines[i];
     const auto at = [&](int value) { return value == none ? nullptr : values[static_cast<size_t>(value)].as(); };
-    Guarded result = numbers.unwritten(result_of(call.problem));
-    size_t bytes = 0;
-    expect(workspace_bytes(call.problem, kernel.isa, 1, false, &bytes) == Status::ok, kernel, c, call.problem, "bytes");
-    const Guarded workspace = spoilt_workspace(bytes, Tight::end);
-    expect(forward(call.problem, kernel.isa, Inputs(at(call.x), at(call.gate), at(call.residual)), call.packed,
-                   call.packed_size, result.as(), workspace.as(), bytes, current_executor()) == Status::ok,
-           kernel, c, call.problem, "forward");
+    Guarded result = numbers.unwritten(int64_t(Series::result_bytes(call) / sizeof(T)));
+    if (const auto* const forward = std::get_if<Series::Forward>(&call.what)) {
+      const Problem& p = forward->problem;
+      size_t bytes = 0;
+      expect(workspace_bytes(p, kernel.isa, 1, false, &bytes) == Status::ok, kernel, c, p, "bytes");
+      const Guarded workspace = spoilt_workspace(bytes, Tight::end);
+      const Inputs operands(at(line.x), at(line.gate), at(line.residual));
+      expect(fastsep::forward(p, kernel.isa, operands, forward->packed, forward->packed_size, result.as(),
+                              workspace.as(), bytes, current_executor()) == Status::ok,
+             kernel, c, p, "forward");
+    } else {
+      const Interleave& in = line.interleave;
+      for (int64_t pixel = 0; pixel < in.batch * in.pixels; ++pixel)
+        for (int64_t k = in.begin; k < in.end; ++k)
+          result.as<T>()[pixel * (in.end - in.begin) + k - in.begin] =
+              values[static_cast<size_t>(k % 2 == 0 ? line.x : line.gate)].as<T>()[pixel * in.channels + k / 2];
+    }
     values.push_back(std::move(result));
   }
   // The last result alone, and with others beside it: all of the calls, and without the last ones, so that the results
@@ -130,14 +168,15 @@ void test(const Kernel& kernel, Program program, int64_t batch, int64_t size) {
       const Series series(part, program.inputs, wanted);
       for (int threads : {1, 3}) {
         set_num_threads(threads);
-        const Problem& p = part.back().problem;
+        const Problem& p = program.lines.front().problem;
         size_t bytes = 0;
         expect(series.workspace_bytes(kernel.isa, threads, &bytes) == Status::ok, kernel, c, p, "workspace_bytes");
         const Guarded workspace = spoilt_workspace(bytes, Tight::end);
         std::vector<Guarded> outputs;
         std::vector<void*> to;
         for (int value : wanted) {
-          outputs.push_back(numbers.unwritten(result_of(calls[static_cast<size_t>(value - program.inputs)].problem)));
+          const Series::Call& call = calls[static_cast<size_t>(value - program.inputs)];
+          outputs.push_back(numbers.unwritten(int64_t(Series::result_bytes(call) / sizeof(T))));
           to.push_back(outputs.back().as());
         }
         expect(
@@ -156,7 +195,7 @@ void test(const Kernel& kernel, Program program, int64_t batch, int64_t size) {
 void test_series(const Kernel& kernel) {
   // A group is as many images as lie in 8 MB: all three of the small ones, some of the large ones.
   for (const auto& [batch, size] : {std::pair<int64_t, int64_t>{3, 9}, {1, 10}, {5, 175}}) {
-    for (const Program& program : {chain(batch, size), gated(batch, size)}) {
+    for (const Program& program : {chain(batch, size), gated(batch, size), shuffled(batch, size)}) {
       if (kernel.dtype == Dtype::f32)
         test<float>(kernel, program, batch, size);
       else
