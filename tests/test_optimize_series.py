@@ -161,6 +161,7 @@ def pair(**options):
         (lambda y, x: y + 1, False),
         (lambda y, x: y + y, False),
         (lambda y, x: y + torch.tan(x), False),  # made behind
+        (lambda y, x: y + x.size(1), False),
     ],
 )
 @pytest.mark.parametrize("layers", [pointwise, pair], ids=["pointwise", "pair"])
@@ -182,6 +183,26 @@ def test_residuals_of_other_shapes(layers, size):
         # And where the summand is the larger one.
         larger = torch.randn(3, 1, 8, 9, 10)
         assert step(X, larger).shape == (3, 2, 8, 9, 10)
+
+
+def test_a_number_for_a_residual():
+    """A size, or an argument, may be one: it is added to every pixel."""
+
+    class Number(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = pair(), pair()
+
+        def forward(self, x, number):
+            size = x.size(1)
+            return self.second(self.first(x) + size) + number
+
+    model = made(Number())
+    optimized = fastsep.optimize(model)
+    assert len(names_of(steps_of(optimized), "residual")) == 2
+    with torch.no_grad():
+        for number in (X, 3, 0.5):
+            torch.testing.assert_close(optimized(X, number), model(X, number), rtol=1e-4, atol=1e-5)
 
 
 def test_residuals_that_are_written_to():

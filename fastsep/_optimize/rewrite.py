@@ -123,7 +123,8 @@ def _add_to_steps(graph: fx.Graph, reader: Reader, fresh: set[fx.Node]) -> None:
         for a, b in sides[: 1 if node.target is operator.iadd else 2]:
             if not (a in fresh and len(a.users) == 1 and isinstance(b, fx.Node) and b is not a):
                 continue
-            if _can_add(a.target) and place[b] < place[a] and not _written_between(reader, a, node):
+            in_time = place[b] < place[a] and b.op != "get_attr"
+            if _can_add(a.target) and in_time and not _written_between(reader, a, node):
                 a.target.residual = True
                 a.args = *a.args, b
                 node.replace_all_uses_with(a)

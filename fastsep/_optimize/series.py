@@ -121,8 +121,7 @@ class Part(NamedTuple):
 
     series: Any  # None where the first step has to copy its input, or has no kernel for it
     reads: list[int]
-    gives: list[tuple[int, torch.Size, torch.memory_format]]
-    dtype: torch.dtype
+    gives: list[tuple[int, torch.Size, torch.dtype, torch.memory_format]]
     end: int  # the step behind
     packed: list[Tensor]  # the weights, of which the series has no more than the addresses
 
@@ -164,13 +163,13 @@ class SeriesStep:
 
     def run(self, part: Part, values: dict[int, Tensor]) -> None:
         results = [
-            torch.empty(shape, dtype=part.dtype, memory_format=layout) for _, shape, layout in part.gives
+            torch.empty(shape, dtype=dtype, memory_format=layout) for _, shape, dtype, layout in part.gives
         ]
         if _native.own_pool:
             _native.core.set_num_threads(torch.get_num_threads())
         addresses = [values[number].data_ptr() for number in part.reads]
         part.series.run(addresses, [result.data_ptr() for result in results])
-        for (number, _, _), result in zip(part.gives, results, strict=True):
+        for (number, *_), result in zip(part.gives, results, strict=True):
             values[number] = result
 
     def one_by_one(self, call: Callable[..., Tensor], *inputs: Tensor) -> Any:
@@ -181,9 +180,12 @@ class SeriesStep:
         results = tuple([values[number] for number in self.outputs])
         return results if len(results) > 1 else results[0]
 
-    def part(self, begin: int, values: dict[int, Tensor]) -> Part:
+    def part(self, begin: int, values: dict[int, Any]) -> Part:
         """The native call that begins with a step, for values like these."""
-        key = begin, *[(x.shape, x.stride(), x.dtype) for x in values.values()]
+        key = (
+            begin,
+            *[(x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else None for x in values.values()],
+        )
         part = self.parts.get(key)
         if part is None:
             if len(self.parts) >= 16:
@@ -191,29 +193,39 @@ class SeriesStep:
             part = self.parts[key] = self.prepare(begin, values)
         return part
 
-    def prepare(self, begin: int, values: dict[int, Tensor]) -> Part:
-        reads = self.living[begin]
-        like = {number: values[number] for number in reads}
-        native = {number: i for i, number in enumerate(reads)}  # the numbers of the native series
-        calls: list[Any] = []
-        packed: list[Tensor] = []
-        end = begin
-        while end < len(self.links):
-            operands = self.operands[end]
-            made = self.links[end].link(*[like[number] for number in operands])
+    def prepare(self, begin: int, values: dict[int, Any]) -> Part:
+        like, links = dict(values), []
+        for i in range(begin, len(self.links)):
+            made = self.links[i].link(*[like[number] for number in self.operands[i]])
             if made is None:
                 break
-            local = [native[number] for number in operands]
-            local += [len(reads) + len(calls) + i for i in range(len(made.calls))]
-            for problem, address, size, *numbers in made.calls:
-                calls.append((problem, address, size, *[-1 if i < 0 else local[i] for i in numbers]))
-            packed += made.packed
-            native[self.inputs + end], like[self.inputs + end] = local[-1], made.result
-            end += 1
-        gives = [number for number in self.living[end] if number >= self.inputs + begin]
+            links.append(made)
+            like[self.inputs + i] = made.result
+        end = begin + len(links)
+        reads = sorted(
+            {number for operands in self.operands[begin:end] for number in operands if number in values}
+        )
+        gives = [number for number in self.living[end] if number not in values]
+        # The numbers of the native series: what it reads, then its calls, for some steps more than one.
+        native = {number: i for i, number in enumerate(reads)}
+        calls: list[Any] = []
+        for i, made in enumerate(links, begin):
+            local = [native[number] for number in self.operands[i]]
+            local += range(len(reads) + len(calls), len(reads) + len(calls) + len(made.calls))
+            for what, address, size, *numbers in made.calls:
+                calls.append((what, address, size, *[-1 if j < 0 else local[j] for j in numbers]))
+            native[self.inputs + i] = local[-1]
         series = (
             _native.core.Series(calls, len(reads), [native[number] for number in gives]) if calls else None
         )
         layouts = {2: torch.contiguous_format, 4: torch.channels_last}
-        results = [(number, like[number].shape, layouts[like[number].dim()]) for number in gives]
-        return Part(series, reads, results, next(iter(values.values())).dtype, end, packed)
+        results = [
+            (number, like[number].shape, like[number].dtype, layouts[like[number].dim()]) for number in gives
+        ]
+        return Part(
+            series,
+            reads,
+            results if calls else [],
+            end,
+            [weights for made in links for weights in made.packed],
+        )

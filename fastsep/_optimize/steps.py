@@ -115,9 +115,8 @@ class PackedStep:
             return None
         wanted = [(*x.shape[:2], 1, 1)] * self.gated + [shape] * self.residual
         for operand, size in zip(operands, wanted, strict=True):
-            if operand.shape != size or operand.dtype is not self.dtype:
-                return None
-            if not operand.is_contiguous(memory_format=layout):
+            alike = isinstance(operand, Tensor) and operand.dtype is self.dtype and operand.is_cpu
+            if not alike or operand.shape != size or not operand.is_contiguous(memory_format=layout):
                 return None
         return (*problem[:20], int(self.residual), int(self.gated), *problem[22:]) if wanted else problem
 
