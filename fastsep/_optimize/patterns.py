@@ -35,7 +35,7 @@ class Match:
     kind: str
     convolution: Convolution | None = None
     expand: Convolution | None = None
-    operands: tuple[fx.Node, ...] | None = None  # what the step takes, where that is more than the input
+    operands: tuple[int, ...] = (0,)  # which of the first node's arguments the step takes
 
     @property
     def input(self) -> fx.Node:
@@ -44,7 +44,9 @@ class Match:
 
     @property
     def inputs(self) -> tuple[fx.Node, ...]:
-        return (self.input,) if self.operands is None else self.operands
+        arguments: list[fx.Node] = []
+        fx.node.map_arg(self.nodes[0].args, arguments.append)
+        return tuple(arguments[i] for i in self.operands)
 
     def run(self, reader: Reader, x: Tensor) -> Tensor:
         """What the nodes compute from another input."""

@@ -46,7 +46,7 @@ class ShuffleStep:
 def channel_shuffle(reader: Reader, node: fx.Node) -> tuple[list[fx.Node], ShuffleStep] | None:
     """cat -> view as two groups of channels -> transpose -> contiguous -> view as it was: the nodes, with the
     sizes that they take, and the step."""
-    if _native.core is None or _concatenated(node) is None:
+    if _native.core is None or not _concatenates_two(node):
         return None
     sizes = _sizes(node)
     n, c, h, w = ({size for size, index in sizes.items() if index == i} for i in range(4))
@@ -87,15 +87,15 @@ def channel_shuffle(reader: Reader, node: fx.Node) -> tuple[list[fx.Node], Shuff
     return (nodes, ShuffleStep(node.name)) if nodes[-1] is chain[-1] else None
 
 
-def _concatenated(node: fx.Node) -> tuple[Any, Any] | None:
-    """The two tensors whose channels a node puts one behind the other."""
+def _concatenates_two(node: fx.Node) -> bool:
+    """Whether a node puts the channels of one tensor behind those of another."""
     if node.target is not torch.cat or not node.args:
-        return None
+        return False
     rest: Any = (*node.args[1:], *node.kwargs.items())
     tensors: Any = node.args[0]
     if rest not in ((1,), (("dim", 1),)) or not isinstance(tensors, tuple | list) or len(tensors) != 2:
-        return None
-    return (tensors[0], tensors[1]) if all(isinstance(x, fx.Node) for x in tensors) else None
+        return False
+    return all(isinstance(x, fx.Node) for x in tensors)
 
 
 def _sizes(node: fx.Node) -> dict[fx.Node, int]:
@@ -110,12 +110,6 @@ def _sizes(node: fx.Node) -> dict[fx.Node, int]:
                 if item.target is operator.getitem and isinstance(item.args[1], int):
                     sizes[item] = item.args[1]
     return sizes
-
-
-def operands_of(node: fx.Node) -> tuple[fx.Node, ...]:
-    operands = _concatenated(node)
-    assert operands is not None
-    return operands
 
 
 def take_halves(graph: fx.Graph, fresh: set[fx.Node]) -> None:

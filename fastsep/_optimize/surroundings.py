@@ -18,7 +18,7 @@ from .. import _native
 from .chains import Reader, UnfitError
 from .patterns import Match, Pattern, check_native, is_expansion, reads_only, tail
 from .series import LinearStep, MeanStep
-from .shuffles import channel_shuffle, operands_of
+from .shuffles import channel_shuffle
 from .steps import DenseStep, DepthwiseStep, ExpandedStep, ImageStep, PointwiseStep
 from .trace import why_opaque
 
@@ -82,7 +82,7 @@ def gated_pointwise(reader: Reader, node: fx.Node) -> Match | None:
     check_native(convolution)
     only = tail(reader, convolution, lenient=True)
     step = PointwiseStep(only.convolution, only.activation, gated=True)
-    return Match([node, *only.nodes], step, "gated pointwise", operands=(x, gate))
+    return Match([node, *only.nodes], step, "gated pointwise", operands=(0, 1) if x is a else (1, 0))
 
 
 def _is_made_of_mean(reader: Reader, node: fx.Node, source: fx.Node) -> bool:
@@ -191,7 +191,7 @@ def linear(reader: Reader, node: fx.Node) -> Match | None:
 def shuffle(reader: Reader, node: fx.Node) -> Match | None:
     """The channel shuffle of two tensors put together."""
     found = channel_shuffle(reader, node)
-    return None if found is None else Match(*found, "shuffle", operands=operands_of(node))
+    return None if found is None else Match(*found, "shuffle", operands=(0, 1))
 
 
 SURROUNDINGS: Sequence[Pattern] = (
