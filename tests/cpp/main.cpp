@@ -119,7 +119,8 @@ int run(const Options& options) {
     return 1;
   }
   for (const Case& c : cases)
-    if (c.problem.batch > 0 && c.problem.pad_top < c.problem.height && c.problem.expand.channels == 0) {
+    if (c.problem.batch > 0 && c.problem.pad_top < c.problem.height && c.problem.expand.channels == 0 &&
+        !c.problem.gate && !c.problem.residual) {
       test_validate(c.problem);
       break;
     }
