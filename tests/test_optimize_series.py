@@ -205,9 +205,53 @@ def test_a_number_for_a_residual():
             torch.testing.assert_close(optimized(X, number), model(X, number), rtol=1e-4, atol=1e-5)
 
 
-def test_residuals_that_are_written_to():
-    optimized, _ = check(made(Sum(pointwise(), between=lambda t: t.mul_(2))), fused=0)
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda t: t.mul_(2),
+        lambda t: t.view(t.shape[0], -1).mul_(2),
+        lambda t: t[:, 1:].mul_(2),
+        lambda t: torch.mul(t, 2, out=t),
+    ],
+)
+def test_residuals_that_are_written_to(write):
+    optimized, _ = check(made(Sum(pointwise(), between=write)), fused=0)
     assert not names_of(steps_of(optimized), "residual")
+
+
+def test_sums_that_are_written_to():
+    """One step's sum, which another adds, is another by then."""
+
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = pair(), pair(), pair()
+
+        def forward(self, x):
+            x = torch.sin(x)
+            y = self.first(x) + x
+            z = self.second(x)
+            y.mul_(2)
+            return self.third(z + y)
+
+    optimized, _ = check(made(Written()), fused=3)
+    assert len(names_of(steps_of(optimized), "residual")) == 1
+
+
+def test_operands_that_are_negative_views():
+    """Of such a tensor other numbers lie in memory than it has."""
+    with torch.no_grad():
+        optimized = fastsep.optimize(made(Excited(product=torch.mul, out=24)))
+        (step,) = (step for step in steps_of(optimized) if getattr(step, "gated", False))
+        x, gate = torch.randn(2, 24, 5, 6).to(memory_format=torch.channels_last), torch.randn(2, 24, 1, 1)
+        torch.testing.assert_close(step(x, torch._neg_view(-gate)), step(x, gate))
+        torch.testing.assert_close(step(torch._neg_view(-x), gate), step(x, gate))
+        optimized = fastsep.optimize(made(Sum(pointwise())))
+        (step,) = (step for step in steps_of(optimized) if getattr(step, "residual", False))
+        x, y = (torch.randn(2, 8, 5, 6).to(memory_format=torch.channels_last) for _ in range(2))
+        torch.testing.assert_close(step(x, torch._neg_view(-y)), step(x, y))
+        series = only_series(fastsep.optimize(made(ExcitedResidual())))
+        torch.testing.assert_close(series(torch._neg_view(-x)), series(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
