@@ -153,8 +153,19 @@ class SeriesStep:
             living.append((living[-1] - {inputs + i}) | set(operands[i]))
         self.living = [sorted(numbers) for numbers in reversed(living)]
         self.parts: dict[Any, Part] = {}
+        self.whole: dict[Any, Part] = {}  # of those, by the one input: all steps, with one result
 
     def __call__(self, *inputs: Tensor) -> Any:
+        if len(inputs) == 1 and isinstance(x := inputs[0], Tensor) and not _ops.VERBOSE:
+            # What most calls are, with as little Python as can be.
+            whole = self.whole.get((x.shape, x.stride(), x.dtype))
+            if whole is not None and is_native(x):
+                ((_, shape, dtype, layout),) = whole.gives
+                result = torch.empty(shape, dtype=dtype, memory_format=layout)
+                if _native.own_pool:
+                    _native.core.set_num_threads(torch.get_num_threads())
+                whole.series.run([x.data_ptr()], [result.data_ptr()])
+                return result
         if not all(is_native(x) for x in inputs if isinstance(x, Tensor)):
             return self.one_by_one(lambda step, *operands: step(*operands), *inputs)
         values: dict[int, Tensor] = dict(enumerate(inputs))
@@ -202,6 +213,9 @@ class SeriesStep:
             part = self.prepare(begin, values)
             # For each of 16 shapes of the inputs there may be as many as steps.
             remember(self.parts, key, part, 16 * len(self.links))
+            one = len(values) == 1 and part.series is not None and part.end == len(self.links)
+            if one and [number for number, *_ in part.gives] == self.outputs:
+                remember(self.whole, key[1], part, 16)
         return part
 
     def prepare(self, begin: int, values: dict[int, Any]) -> Part:
