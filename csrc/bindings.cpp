@@ -149,38 +149,90 @@ void forward_plain(const py::tuple& fields, const std::string& isa_name, uintptr
 }
 
 void forward_packed(const py::tuple& fields, const std::string& isa_name, uintptr_t input, uintptr_t packed,
-                    size_t packed_size, uintptr_t output) {
+                    size_t packed_size, uintptr_t output, uintptr_t gate, uintptr_t residual) {
   const Problem problem = to_problem(fields);
   const Isa isa = fast_isa(isa_name);
   expect_output(problem, mutable_address(output));
   run_forward(problem, isa, false, [&](void* memory, size_t bytes, const Executor& executor) {
-    return forward(problem, isa, address(input), address(packed), packed_size, mutable_address(output), memory, bytes,
+    const Inputs inputs(address(input), address(gate), address(residual));
+    return forward(problem, isa, inputs, address(packed), packed_size, mutable_address(output), memory, bytes,
                    executor);
   });
 }
 
-using SeriesFields = std::tuple<py::tuple, uintptr_t, size_t>;  // a problem, its packed weights and their size
+// A problem, its packed weights and their size, and the values that it reads: x, gate, residual. Or the fields of an
+// interleave, nothing, and the two values.
+using SeriesFields = std::tuple<py::tuple, uintptr_t, size_t, int, int, int>;
 
-Series to_series(const std::vector<SeriesFields>& fields) {
-  std::vector<Series::Call> calls;
-  for (const auto& [problem, packed, packed_size] : fields)
-    calls.push_back({to_problem(problem), address(packed), packed_size});
-  if (calls.empty()) throw py::value_error("calls is empty, expected at least one");
-  for (size_t i = 1; i < calls.size(); ++i) {
-    const size_t takes = input_bytes(calls[i].problem), given = output_bytes(calls[i - 1].problem);
-    if (takes != given)
-      throw py::value_error("call " + std::to_string(i) + " takes " + std::to_string(takes) +
-                            " bytes, but the one before it gives " + std::to_string(given));
-  }
-  return Series(calls);
+Interleave to_interleave(const py::tuple& fields) {
+  const auto field = [&](size_t i) { return fields[i].cast<int64_t>(); };
+  const Dtype dtype = field(0) == 0 ? Dtype::f32 : field(0) == 1 ? Dtype::f64 : Dtype::f16;
+  const Interleave interleave = {dtype, field(1), field(2), field(3), field(4), field(5)};
+  check(validate(interleave));
+  return interleave;
 }
 
-void run_series(const Series& series, uintptr_t input, uintptr_t output) {
+// What is known of a value of a series.
+struct SeriesValue {
+  bool known;  // false for an input that no call has read so far
+  size_t bytes;
+};
+
+void expect_operand(const std::string& call, int value, size_t takes, std::vector<SeriesValue>* values) {
+  if (value < 0 || static_cast<size_t>(value) >= values->size())
+    throw py::value_error(call + " reads value " + std::to_string(value) + ", expected one of the " +
+                          std::to_string(values->size()) + " before it");
+  SeriesValue& known = (*values)[static_cast<size_t>(value)];
+  if (known.known && known.bytes != takes)
+    throw py::value_error(call + " takes " + std::to_string(takes) + " bytes, but value " + std::to_string(value) +
+                          " has " + std::to_string(known.bytes));
+  known = {true, takes};
+}
+
+Series to_series(const std::vector<SeriesFields>& fields, int inputs, const std::vector<int>& outputs) {
+  constexpr size_t interleave_fields = 6;
+  if (fields.empty()) throw py::value_error("calls is empty, expected at least one");
+  if (inputs < 1) throw py::value_error("inputs is " + std::to_string(inputs) + ", expected at least one");
+  std::vector<Series::Call> calls;
+  std::vector<SeriesValue> values(static_cast<size_t>(inputs), {false, 0});
+  for (const auto& [what, packed, packed_size, first, second, third] : fields) {
+    const std::string name = "call " + std::to_string(calls.size());
+    Series::Call call = {{}, first, second, third};
+    if (what.size() == interleave_fields) {
+      call.what = to_interleave(what);
+    } else {
+      const Problem problem = to_problem(what);
+      if (problem.gate != (second != Series::none) || (third != Series::none && !problem.residual))
+        throw py::value_error(name + " has a gate or residual that its problem has not, or the other way round");
+      call.what = Series::Forward{problem, address(packed), packed_size};
+    }
+    for (const auto& [value, bytes] : Series::reads(call)) expect_operand(name, value, bytes, &values);
+    values.push_back({true, Series::result_bytes(call)});
+    calls.push_back(call);
+  }
+  if (outputs.empty()) throw py::value_error("outputs is empty, expected at least one");
+  for (int output : outputs)
+    if (output < inputs || static_cast<size_t>(output) >= values.size())
+      throw py::value_error("outputs has value " + std::to_string(output) + ", which is no call's result");
+  return Series(calls, inputs, outputs);
+}
+
+void run_series(const Series& series, const std::vector<uintptr_t>& inputs, const std::vector<uintptr_t>& outputs) {
+  if (inputs.size() != series.inputs() || outputs.size() != series.outputs())
+    throw py::value_error("inputs and outputs have " + std::to_string(inputs.size()) + " and " +
+                          std::to_string(outputs.size()) + " addresses, expected " + std::to_string(series.inputs()) +
+                          " and " + std::to_string(series.outputs()));
   const Isa isa = fast_isa("");
-  expect_output(series.last(), mutable_address(output));
+  std::vector<const void*> from;
+  std::vector<void*> to;
+  for (uintptr_t input : inputs) from.push_back(address(input));
+  for (size_t i = 0; i < outputs.size(); ++i) {
+    to.push_back(mutable_address(outputs[i]));
+    expect_writes(to.back(), series.output_size(i));
+  }
   const auto ask = [&](int threads, size_t* bytes) { return series.workspace_bytes(isa, threads, bytes); };
   run_in_workspace(ask, [&](void* memory, size_t bytes, const Executor& executor) {
-    return series.run(isa, address(input), mutable_address(output), memory, bytes, executor);
+    return series.run(isa, from.data(), to.data(), memory, bytes, executor);
   });
   last_isa = isa;
 }
@@ -233,8 +285,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("thread_pool", [] { return torch_pool_lent() ? "torch" : "own"; });
   m.def("set_num_threads", &set_num_threads);
   py::class_<Series>(m, "Series")
-      .def(py::init(&to_series), py::arg("calls"))
-      .def("run", &run_series, py::arg("input"), py::arg("output"));
+      .def(py::init(&to_series), py::arg("calls"), py::arg("inputs"), py::arg("outputs"))
+      .def("run", &run_series, py::arg("inputs"), py::arg("outputs"));
   m.def("packed_bytes", [](const py::tuple& fields, const std::string& isa) {
     size_t bytes = 0;
     check(packed_bytes(to_problem(fields), fast_isa(isa), &bytes));
@@ -256,7 +308,8 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   m.def("forward", &forward_plain, py::arg("problem"), py::arg("isa"), py::arg("input"), py::arg("depthwise_weight"),
         py::arg("depthwise_bias"), py::arg("pointwise_weight"), py::arg("bias"), py::arg("output"),
         py::arg("expand_weight") = 0, py::arg("expand_bias") = 0);
-  m.def("forward_packed", &forward_packed);
+  m.def("forward_packed", &forward_packed, py::arg("problem"), py::arg("isa"), py::arg("input"), py::arg("packed"),
+        py::arg("packed_size"), py::arg("output"), py::arg("gate") = 0, py::arg("residual") = 0);
   m.def(
       "reference_forward",
       [](const py::tuple& fields, uintptr_t input, uintptr_t depthwise_weight, uintptr_t depthwise_bias,

@@ -14,9 +14,9 @@ inline void check(Status status) {
 
 // The fields in the order of fastsep/_core.pyi; not validated.
 inline Problem read_problem(const pybind11::tuple& fields) {
-  constexpr size_t count = 20, expanded_count = 31;
-  if (fields.size() != count && fields.size() != expanded_count)
-    throw pybind11::value_error("a problem has 20 fields, or 31 with an expansion");
+  constexpr size_t count = 20, operands_count = 22, expanded_count = 32;
+  if (fields.size() != count && fields.size() != operands_count && fields.size() != expanded_count)
+    throw pybind11::value_error("a problem has 20 fields, 22 with a residual and a gate, or 32 with an expansion");
   int64_t v[expanded_count] = {};
   for (size_t i = 0; i < fields.size(); ++i) v[i] = fields[i].cast<int64_t>();
   const auto number = [](int64_t value) {
@@ -33,13 +33,13 @@ inline Problem read_problem(const pybind11::tuple& fields) {
   p.layout = static_cast<Layout>(number(v[17]));
   p.mid_activation = static_cast<Activation>(number(v[18]));
   p.activation = static_cast<Activation>(number(v[19]));
-  p.residual = v[20] != 0;
-  p.expand.channels = v[21];
-  p.expand.activation = static_cast<Activation>(number(v[22]));
-  p.expand.height = v[23], p.expand.width = v[24];
-  p.expand.kernel_h = v[25], p.expand.kernel_w = v[26];
-  p.expand.stride_h = v[27], p.expand.stride_w = v[28];
-  p.expand.pad_top = v[29], p.expand.pad_left = v[30];
+  p.residual = v[20] != 0, p.gate = v[21] != 0;
+  p.expand.channels = v[22];
+  p.expand.activation = static_cast<Activation>(number(v[23]));
+  p.expand.height = v[24], p.expand.width = v[25];
+  p.expand.kernel_h = v[26], p.expand.kernel_w = v[27];
+  p.expand.stride_h = v[28], p.expand.stride_w = v[29];
+  p.expand.pad_top = v[30], p.expand.pad_left = v[31];
   return p;
 }
 

@@ -14,6 +14,11 @@
 //
 // K = 0 stands for the depthwise half alone: y is t, [N, C*m, OH, OW], and `activation` must be the identity.
 //
+// With `gate` the depthwise half is a product with a factor for each image and channel, [N, C], as squeeze-and-excite
+// has it: t[n, c, oy, ox] = mid_act(depthwise_bias[c] + x[n, c, oy*stride_h, ox*stride_w] * gate[n, c]). For nhwc, m =
+// 1, a kernel of 1 x 1 and a pointwise half, without an expansion. With `residual` a tensor like y is added behind act,
+// for nhwc and a pointwise half. Both in the forward pass only.
+//
 // With expand.channels = E > 0 a dense convolution goes before: the depthwise half sees
 //
 //   e[n, c, h, w] = expand_act(expand_bias[c] + sum over r, s and i < E of
@@ -21,9 +26,8 @@
 //       * expand_weight[c, i, r, s])
 //
 // instead of x, which is [N, E, expand.height, expand.width]; outside the plane of e there is still nothing. A kernel
-// of 1 x 1 makes the inverted residual block of MobileNetV2, with `residual` x added to y after act (E = K, same
-// plane); a 3 x 3 of stride 2 on three channels the first layers of most networks. For nhwc and m = 1, and forward
-// only.
+// of 1 x 1 makes the inverted residual block of MobileNetV2, with x for a residual (E = K, same plane); a 3 x 3 of
+// stride 2 on three channels the first layers of most networks. For nhwc and m = 1, and forward only.
 //
 // The gradients, for g = dL/dy, with t without mid_act, u = mid_act(t), v = pointwise(u) + bias:
 //
@@ -68,7 +72,8 @@ enum class Status : int32_t {
   empty_output,     // the dilated kernel is larger than the padded plane
   overflow,         // a product of sizes does not fit in 63 bits
   bad_enum,         // a dtype, layout or activation outside its enumeration
-  bad_expansion,    // an expansion or residual where there is none, see above
+  bad_expansion,    // an expansion where there is none, see above
+  bad_operand,      // a gate or residual where there is none, see above, or without its address
   unsupported_isa,  // the named instruction set is not there on this machine
   small_workspace,  // less than workspace_bytes() asked for
   bad_packed,       // packed weights made for another problem or instruction set
@@ -98,7 +103,7 @@ struct Problem {
   Layout layout;
   Activation mid_activation, activation;
   Expansion expand;
-  bool residual;
+  bool residual, gate;
 };
 
 // Checks every field and every product that the kernels form; the other calls expect a problem that passed.
@@ -148,13 +153,22 @@ Status pack(const Problem& problem, Isa isa, const Weights& weights, void* packe
 // Room for the scratch tiles of all threads, and for the packed weights where the caller has none.
 Status workspace_bytes(const Problem& problem, Isa isa, int threads, bool with_packed, size_t* bytes);
 
-// input and output as described above; `packed` as pack() made it. Workspace aligned to 64 bytes.
+// What a call reads beside its weights. A residual of null is x itself, which then must be like the output.
+struct Inputs {
+  const void* x;
+  const void* gate;
+  const void* residual;
+  Inputs(const void* input, const void* gate_of_problem = nullptr, const void* residual_of_problem = nullptr)
+      : x(input), gate(gate_of_problem), residual(residual_of_problem) {}
+};
+
+// Inputs and output as described above; `packed` as pack() made it. Workspace aligned to 64 bytes.
 // The result is the same to the bit for every number of threads.
-Status forward(const Problem& problem, Isa isa, const void* input, const void* packed, size_t packed_size, void* output,
-               void* workspace, size_t workspace_size, const Executor& executor);
+Status forward(const Problem& problem, Isa isa, const Inputs& inputs, const void* packed, size_t packed_size,
+               void* output, void* workspace, size_t workspace_size, const Executor& executor);
 
 // As forward(), from plain weights: packs them into the workspace first.
-Status forward_unpacked(const Problem& problem, Isa isa, const void* input, const Weights& weights, void* output,
+Status forward_unpacked(const Problem& problem, Isa isa, const Inputs& inputs, const Weights& weights, void* output,
                         void* workspace, size_t workspace_size, const Executor& executor);
 
 // Whether an activation's derivative can be had from its value, so that nothing else need be kept.
@@ -181,7 +195,7 @@ Status backward(const Problem& problem, Isa isa, const void* input, const Weight
 
 // The oracle: plain loops, sums in double. With `magnitude`, of absolute values throughout (activations left
 // out): the sum |a||b| that an error bound is made of.
-void reference_forward(const Problem& problem, const void* input, const Weights& weights, double* output,
+void reference_forward(const Problem& problem, const Inputs& inputs, const Weights& weights, double* output,
                        bool magnitude);
 // The gradients, all of them and in double. With `magnitude`, of absolute values, each activation's derivative
 // taken for 1.

@@ -53,9 +53,10 @@ const char* describe(Status status) {
     case Status::empty_output: return "the dilated kernel is larger than the padded input, so there is no output";
     case Status::overflow: return "a product of sizes does not fit in 64 bits";
     case Status::bad_enum: return "unknown dtype, layout or activation number, or one behind an absent pointwise half";
-    case Status::bad_expansion:
-      return "an expansion needs channels-last, one filter per channel and a pointwise half; a residual needs an "
-             "expansion and an output like the input";
+    case Status::bad_expansion: return "an expansion needs channels-last and one filter per channel";
+    case Status::bad_operand:
+      return "a gate needs channels-last, one filter per channel, a kernel of 1 x 1 and a pointwise half; a residual "
+             "channels-last, a pointwise half and, where it is the input, an output like it";
     case Status::unsupported_isa: return "the instruction set is not compiled in or not supported by this processor";
     case Status::small_workspace: return "the workspace is smaller than workspace_bytes() asks for";
     case Status::bad_packed: return "the packed weights were made for another problem or instruction set";
@@ -125,13 +126,12 @@ Status validate(const Problem& p) {
       axis_overflows(p.width, p.pad_left, p.pad_right, p.kernel_w, p.dilation_w, p.stride_w))
     return Status::overflow;
   if (p.expand.channels < 0) return Status::bad_size;
-  if (p.expand.channels > 0 && (p.layout != Layout::nhwc || p.multiplier != 1 || p.out_channels == 0))
-    return Status::bad_expansion;
+  if (p.expand.channels > 0 && (p.layout != Layout::nhwc || p.multiplier != 1)) return Status::bad_expansion;
+  const bool is_pair = p.layout == Layout::nhwc && p.out_channels > 0, is_1x1 = p.kernel_h == 1 && p.kernel_w == 1;
+  if ((p.residual || p.gate) && !is_pair) return Status::bad_operand;
+  if (p.gate && (p.multiplier != 1 || !is_1x1 || p.expand.channels > 0)) return Status::bad_operand;
   if (p.expand.channels > 0 && validate_expansion(p) != Status::ok) return validate_expansion(p);
   const int64_t oh = out_height(p), ow = out_width(p);
-  const bool like_input =
-      p.expand.channels == p.out_channels && p.expand.channels > 0 && p.expand.height == oh && p.expand.width == ow;
-  if (p.residual && !like_input) return Status::bad_expansion;
   if (oh < 1 || ow < 1) return Status::empty_output;
   const int64_t batch = p.batch < 1 ? 1 : p.batch;
   // Within the limits of axis_overflows() these sums fit.

@@ -29,8 +29,9 @@ def last_isa() -> str:
 #   kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w,
 #   pad_top, pad_bottom, pad_left, pad_right,
 #   dtype (0 float32, 1 float64), layout (0 NCHW, 1 channels-last), mid_activation, activation
-# and, with an expansion, residual (0 or 1), then of the expansion channels, activation, height, width,
-#   kernel_h, kernel_w, stride_h, stride_w, pad_top, pad_left.
+# where there is more, residual and gate (0 or 1),
+# and with an expansion of that channels, activation, height, width, kernel_h, kernel_w, stride_h, stride_w,
+#   pad_top, pad_left.
 # `isa` is a name, or "" for the best. Addresses are integers, 0 for a bias that is not there.
 # With out_channels = 0 a problem is the depthwise half alone: no pointwise_weight, bias or activation.
 # All raise ValueError for a problem that csrc/fastsep.h's validate() refuses.
@@ -61,20 +62,36 @@ def forward(
     expand_bias: int = 0,
 ) -> None: ...
 def forward_packed(
-    problem: tuple[int, ...], isa: str, input: int, packed: int, packed_size: int, output: int
+    problem: tuple[int, ...],
+    isa: str,
+    input: int,
+    packed: int,
+    packed_size: int,
+    output: int,
+    gate: int = 0,
+    residual: int = 0,
 ) -> None:
-    """Weights as pack() made them, at a multiple of 64. ValueError where made for another problem or ISA."""
+    """Weights as pack() made them, at a multiple of 64. ValueError where made for another problem or ISA.
 
-class Series:
-    """Calls of forward_packed() one after the other, each on the result of the one before.
-
-    calls: a problem, the address and the size of its packed weights each. The weights must outlive this.
-
-    ValueError where one takes another number of bytes than the one before gives.
+    A residual of 0 is the input.
     """
 
-    def __init__(self, calls: list[tuple[tuple[int, ...], int, int]]) -> None: ...
-    def run(self, input: int, output: int) -> None: ...
+class Series:
+    """Calls of forward_packed() one after the other, on values: the inputs, then the results of the calls.
+
+    calls: a problem, the address and the size of its packed weights, and the numbers of the values that it
+    reads, input, gate and residual, -1 for none. The weights must outlive this. Or the channel shuffle of two
+    values alike, their channels in turn: dtype, batch, channels and pixels of one of them, the first channel
+    wanted of the shuffled ones and the one behind the last; 0, 0; the two values, -1.
+    outputs: the values that are wanted, results of calls.
+
+    ValueError where one takes another number of bytes than a value has.
+    """
+
+    def __init__(
+        self, calls: list[tuple[tuple[int, ...], int, int, int, int, int]], inputs: int, outputs: list[int]
+    ) -> None: ...
+    def run(self, inputs: list[int], outputs: list[int]) -> None: ...
 
 def backward(
     problem: tuple[int, ...],

@@ -36,13 +36,16 @@ def output_shape(
     input: Tensor,
     expand_weight: Tensor,
     depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
+    pointwise_weight: Tensor | None,
     expand_bias: Tensor | None,
     depthwise_bias: Tensor | None,
     bias: Tensor | None,
     *geometry: Any,
 ) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
-    """[N, K, OH, OW] for an input [N, E, H, W], and the plane between; RuntimeError that names a misfit."""
+    """[N, K, OH, OW] for an input [N, E, H, W], and the plane between; RuntimeError that names a misfit.
+
+    Without a pointwise_weight K is the depthwise half's.
+    """
     if input.dim() != 4 or input.shape[1] < 1:
         raise RuntimeError(f"input must be [N, E, H, W], got {list(input.shape)}")
     n, channels, h, w = input.shape
@@ -88,7 +91,7 @@ def compose(
     input: Tensor,
     expand_weight: Tensor,
     depthwise_weight: Tensor,
-    pointwise_weight: Tensor,
+    pointwise_weight: Tensor | None,
     expand_bias: Tensor | None,
     depthwise_bias: Tensor | None,
     bias: Tensor | None,
@@ -117,7 +120,7 @@ def compose(
 
 
 def native_problem(*args: Any) -> tuple[tuple[int, ...], tuple[int, int, int, int]]:
-    """The 31 integers of a call on a channels-last input (see _core.pyi), and the output's shape.
+    """The 32 integers of a call on a channels-last input (see _core.pyi), and the output's shape.
 
     RuntimeError that names a misfit.
     """
@@ -127,9 +130,9 @@ def native_problem(*args: Any) -> tuple[tuple[int, ...], tuple[int, int, int, in
     inner, _, kh, kw = depthwise_weight.shape
     e_stride, e_padding, stride, padding, dilation, expand, mid, act, residual = geometry
     problem = (
-        *(n, inner, *plane, shape[1], 1, kh, kw, *stride, *dilation, *padding),
+        *(n, inner, *plane, 0 if args[3] is None else shape[1], 1, kh, kw, *stride, *dilation, *padding),
         *(_native.DTYPES[input.dtype], 1, ACTIVATIONS[mid].code, ACTIVATIONS[act].code),
-        *(residual, channels, ACTIVATIONS[expand].code, h, w, *expand_weight.shape[2:]),
+        *(residual, 0, channels, ACTIVATIONS[expand].code, h, w, *expand_weight.shape[2:]),
         *(*e_stride, e_padding[0], e_padding[2]),
     )
     return problem, shape

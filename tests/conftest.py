@@ -55,9 +55,9 @@ def native_steps(monkeypatch):
     def watch(kind, names):
         call = kind.__call__
 
-        def watched(self, x):
+        def watched(self, *inputs):
             calls.extend(names(self))
-            return call(self, x)
+            return call(self, *inputs)
 
         monkeypatch.setattr(kind, "__call__", watched)
 

@@ -75,7 +75,7 @@ def test_activations(activation, native_steps):
     optimized, _ = check(model)
     graph = optimized.__dict__["forward"]._plans[0].graph
     functions = [node.name for node in graph.graph.nodes if node.op in ("call_function", "call_module")]
-    assert len(functions) == 3  # the pair, the sum, and the dense convolution
+    assert len(functions) == 2  # the pair with the sum, and the dense convolution
     assert native_steps
 
 

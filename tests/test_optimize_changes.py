@@ -221,7 +221,7 @@ def test_writes_before_the_sum(how, before):
 
     optimized, _ = check(made(Writes()))
     (step,) = expanded_steps(optimized)
-    assert step.residual == before
+    assert (step.sum_with_input, step.residual) == (before, False)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +235,7 @@ def test_sums_of_other_sizes(options, size):
     optimized = fastsep.optimize(model)
     agree(model, optimized, x)
     (step,) = expanded_steps(optimized)
-    assert not step.residual
+    assert not step.sum_with_input
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,9 @@ def test_example_inputs_that_do_not_fit():
 def test_a_wrong_result_is_an_error(monkeypatch):
     call = steps.SeparableStep.__call__
     monkeypatch.setattr(
-        steps.SeparableStep, "__call__", lambda self, x: call(self, x) * (1.01 if x.shape == X.shape else 1)
+        steps.SeparableStep,
+        "__call__",
+        lambda self, x, *rest: call(self, x, *rest) * (1.01 if x.shape == X.shape else 1),
     )
     unharmed(made(Block()), RuntimeError, "model must give the same result", example_inputs=X)
 

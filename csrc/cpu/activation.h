@@ -133,7 +133,9 @@ struct LeakyRelu {
 struct Silu {
   template <class V>
   static typename V::Reg apply(typename V::Reg x) {
-    return V::mul(x, sigmoid<V>(x));
+    const auto one = V::set1(1);
+    const Exponential<V> e = exponential<V>(V::sub(V::set1(0), x));
+    return V::div(x, V::fma(e.scale, V::add(e.tail, one), one));
   }
   template <class V>
   static typename V::Reg slope(typename V::Reg g, typename V::Reg x) {  // s (1 + x (1 - s))
@@ -142,11 +144,11 @@ struct Silu {
   }
 };
 
-struct Hardsigmoid {  // clamp(x + 3, 0, 6) / 6
+struct Hardsigmoid {  // clamp(x + 3, 0, 6) / 6, by a product: 6 times the sixth is 1 in float and double
   template <class V>
   static typename V::Reg apply(typename V::Reg x) {
-    const auto six = V::set1(6);
-    return V::div(V::min(six, V::max(V::set1(0), V::add(x, V::set1(3)))), six);
+    const auto limited = V::min(V::set1(6), V::max(V::set1(0), V::add(x, V::set1(3))));
+    return V::mul(limited, V::set1(typename V::T(1) / typename V::T(6)));
   }
   template <class V>
   static typename V::Reg slope(typename V::Reg g, typename V::Reg x) {

@@ -23,6 +23,16 @@ Status select(Isa isa, Dtype dtype, const Kernel** kernel) {
   return *kernel != nullptr ? Status::ok : Status::unsupported_isa;
 }
 
+// Whether what a problem asks for beside x is there.
+bool has_operands(const Problem& p, const Inputs& inputs) {
+  if (p.gate && inputs.gate == nullptr) return false;
+  if (!p.residual || inputs.residual != nullptr) return true;
+  const Expansion& e = p.expand;
+  const bool expands = e.channels > 0;
+  return (expands ? e.channels : p.channels) == p.out_channels && (expands ? e.height : p.height) == out_height(p) &&
+         (expands ? e.width : p.width) == out_width(p);
+}
+
 }  // namespace
 
 const Kernel* find_kernel(Isa isa, Dtype dtype) {
@@ -60,27 +70,29 @@ Status workspace_bytes(const Problem& problem, Isa isa, int threads, bool with_p
   return status;
 }
 
-Status forward(const Problem& problem, Isa isa, const void* input, const void* packed, size_t packed_size, void* output,
-               void* workspace, size_t workspace_size, const Executor& executor) {
+Status forward(const Problem& problem, Isa isa, const Inputs& inputs, const void* packed, size_t packed_size,
+               void* output, void* workspace, size_t workspace_size, const Executor& executor) {
   const Kernel* kernel;
   const Status status = select(isa, problem.dtype, &kernel);
   if (status != Status::ok) return status;
+  if (!has_operands(problem, inputs)) return Status::bad_operand;
   if (!packed_for(problem, *kernel, packed, packed_size)) return Status::bad_packed;
   if (workspace_size < scratch_size(problem, *kernel, executor.threads)) return Status::small_workspace;
-  run_forward(problem, *kernel, input, packed, output, workspace, executor);
+  run_forward(problem, *kernel, inputs, packed, output, workspace, executor);
   return Status::ok;
 }
 
-Status forward_unpacked(const Problem& problem, Isa isa, const void* input, const Weights& weights, void* output,
+Status forward_unpacked(const Problem& problem, Isa isa, const Inputs& inputs, const Weights& weights, void* output,
                         void* workspace, size_t workspace_size, const Executor& executor) {
   const Kernel* kernel;
   const Status status = select(isa, problem.dtype, &kernel);
   if (status != Status::ok) return status;
+  if (!has_operands(problem, inputs)) return Status::bad_operand;
   const size_t scratch = scratch_size(problem, *kernel, executor.threads);
   if (workspace_size < scratch + packed_size(problem, *kernel)) return Status::small_workspace;
   void* packed = static_cast<char*>(workspace) + scratch;
   pack_weights(problem, *kernel, weights, packed, executor);
-  run_forward(problem, *kernel, input, packed, output, workspace, executor);
+  run_forward(problem, *kernel, inputs, packed, output, workspace, executor);
   return Status::ok;
 }
 
@@ -99,6 +111,7 @@ Status backward(const Problem& problem, Isa isa, const void* input, const Weight
   const Status status = select(isa, problem.dtype, &kernel);
   if (status != Status::ok) return status;
   if (problem.expand.channels > 0) return Status::bad_expansion;
+  if (problem.gate || problem.residual) return Status::bad_operand;
   if (workspace_size < backward_size(problem, *kernel, gradients, executor.threads)) return Status::small_workspace;
   run_backward(problem, *kernel, input, weights, saved, grad_output, gradients, workspace, executor);
   return Status::ok;

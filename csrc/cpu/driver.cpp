@@ -151,10 +151,12 @@ size_t scratch_size(const Problem& problem, const Kernel& kernel, int threads) {
   return static_cast<size_t>(make_plan(problem, kernel, threads).scratch_bytes * threads);
 }
 
-void run_forward(const Problem& problem, const Kernel& kernel, const void* input, const void* packed, void* output,
+void run_forward(const Problem& problem, const Kernel& kernel, const Inputs& inputs, const void* packed, void* output,
                  void* workspace, const Executor& executor) {
   ForwardPlan plan = make_plan(problem, kernel, executor.threads);
-  plan.input = input;
+  plan.input = inputs.x;
+  plan.gate = inputs.gate;
+  plan.residual = inputs.residual != nullptr ? inputs.residual : inputs.x;
   plan.packed = packed_weights(packed);
   plan.output = output;
   Job job = {&plan, &kernel, problem.batch * plan.row_tiles * plan.column_tiles * plan.panel_tiles, executor.threads,

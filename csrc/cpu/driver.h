@@ -23,7 +23,7 @@ void run_on(const Executor& executor, int64_t count, void (*body)(void*, int64_t
 
 // Scratch of all threads.
 size_t scratch_size(const Problem& problem, const Kernel& kernel, int threads);
-void run_forward(const Problem& problem, const Kernel& kernel, const void* input, const void* packed, void* output,
+void run_forward(const Problem& problem, const Kernel& kernel, const Inputs& inputs, const void* packed, void* output,
                  void* workspace, const Executor& executor);
 
 size_t backward_size(const Problem& problem, const Kernel& kernel, const Gradients& gradients, int threads);

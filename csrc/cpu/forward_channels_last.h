@@ -161,10 +161,21 @@ struct ForwardChannelsLast {
     const Groups groups = groups_of(plan, tile.row_end - tile.row_begin, tile.column_end - tile.column_begin);
     int64_t* const place = places_of(plan, groups, scratch);
     place_pixels(plan, groups, place);
-    for (int64_t filter = 0; filter < p.multiplier; ++filter)
-      depthwise_tile(plan, tile, groups, row_of(plan, tile.image, filter), place,
-                     scratch + filter * plan.layout.padded_channels * Rows, [](int64_t) {});
+    for (int64_t filter = 0; filter < p.multiplier; ++filter) {
+      ChannelsLastRow<T> row = row_of(plan, tile.image, filter);
+      if (p.gate) row.weight = gate_of(plan, tile.image, scratch + gate_at(plan, groups));
+      depthwise_tile(plan, tile, groups, row, place, scratch + filter * plan.layout.padded_channels * Rows,
+                     [](int64_t) {});
+    }
     pointwise_tile(plan, tile, groups, scratch);
+  }
+
+  // The factors of an image, in whole vectors as the packed weights are.
+  static const T* gate_of(const ForwardPlan& plan, int64_t image, T* room) {
+    const int64_t channels = plan.problem.channels;
+    const T* const gate = static_cast<const T*>(plan.gate) + image * channels;
+    for (int64_t c = 0; c < plan.layout.padded_channels; ++c) room[c] = c < channels ? gate[c] : T(0);
+    return room;
   }
 
   // From the finished groups, after their activation, to the output.
@@ -185,7 +196,7 @@ struct ForwardChannelsLast {
     product.clamp = clamp_of<T>(p.activation);
     product.c_stride = p.out_channels;
     T* image = static_cast<T*>(plan.output) + tile.image * plan.out_height * plan.out_width * p.out_channels;
-    const T* const input = static_cast<const T*>(plan.input);
+    const T* const summand = static_cast<const T*>(plan.residual);
     // A panel of weights stays in cache for all pixels of the tile.
     for (int64_t k = tile.panel_begin; k < tile.panel_end; ++k) {
       product.b = packed<T>(plan, plan.layout.pointwise) + k * p.multiplier * p.channels * panel;
@@ -198,8 +209,8 @@ struct ForwardChannelsLast {
         for (int64_t g = 0; g < groups.per_run; ++g, product.a += elements) {
           const int64_t begin = groups.begin(g), pixels = groups.begin(g + 1) - begin;
           product.c = row + begin * p.out_channels;
-          // The input has the output's shape. It is added behind the activation: here, where that is no clamp.
-          const T* residual = p.residual ? input + (product.c - static_cast<T*>(plan.output)) : nullptr;
+          // It has the output's shape, and is added behind the activation: here, where that is no clamp.
+          const T* residual = p.residual ? summand + (product.c - static_cast<T*>(plan.output)) : nullptr;
           if (is_clamp(p.activation)) product.add = residual;
           multiply<V, Rows, Columns, V::width>(product, pixels, registers);
           if (is_clamp(p.activation)) continue;
@@ -225,12 +236,18 @@ struct ForwardChannelsLast {
     return reinterpret_cast<int64_t*>(scratch + groups.runs * groups.per_run * group_elements(plan));
   }
 
+  // The copy of gate_of(), behind the table: in elements.
+  static int64_t gate_at(const ForwardPlan& plan, const Groups& groups) {
+    const int64_t table = groups.pixels() * int64_t(sizeof(int64_t) / sizeof(T));
+    return groups.runs * groups.per_run * group_elements(plan) + round_up(table, V::width);
+  }
+
   static int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
     if (plan.problem.out_channels == 0)
       return columns * (plan.problem.channels * int64_t(sizeof(T)) + int64_t(sizeof(int64_t)));
     const Groups groups = groups_of(plan, rows, columns);
-    return groups.runs * groups.per_run * group_elements(plan) * int64_t(sizeof(T)) +
-           groups.pixels() * int64_t(sizeof(int64_t));
+    const int64_t gate = plan.problem.gate ? plan.layout.padded_channels : 0;
+    return (gate_at(plan, groups) + gate) * int64_t(sizeof(T));
   }
 };
 

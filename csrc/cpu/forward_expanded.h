@@ -91,8 +91,7 @@ struct ForwardExpanded {
     const auto groups = Plain::groups_of(plan, band.row_end - band.row_begin, plan.out_width);
     const int64_t row_elements = p.width * panel;
     T* const buffer = scratch + layout.buffer;
-    int64_t* const place = Plain::places_of(plan, groups, scratch + layout.groups);
-    Plain::place_pixels(plan, groups, place);
+    const int64_t* const place = place_pixels(plan, groups, scratch + layout.groups);
     const T* const input = input_of(plan, band.image, {kept.end, seen.end}, layout, scratch + layout.input);
     for (int64_t q = 0; q < plan.layout.expand_panels; ++q) {
       const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
@@ -106,13 +105,61 @@ struct ForwardExpanded {
       row.start = packed<T>(plan, plan.layout.depthwise_bias) + channel;
       row.start_stride = 0;
       row.clamp = clamp_of<T>(p.mid_activation);
-      Plain::depthwise_tile(plan, band, groups, row, place, scratch + layout.groups + channel * Rows,
-                            [&](int64_t oy) { e.make(seen_by(p, oy, oy + 1).end, seen.end); });
+      const auto before = [&](int64_t oy) { e.make(seen_by(p, oy, oy + 1).end, seen.end); };
+      if (p.out_channels == 0)
+        depthwise_to_output(plan, band, channel, row, place, before);
+      else
+        Plain::depthwise_tile(plan, band, groups, row, place, scratch + layout.groups + channel * Rows, before);
       e.make(seen.end, seen.end);
       memcpy(keep, buffer + (next.begin - seen.begin) * row_elements,
              static_cast<size_t>((next.end - next.begin) * row_elements) * sizeof(T));
     }
-    Plain::pointwise_tile(plan, band, groups, scratch + layout.groups);
+    if (p.out_channels > 0) return Plain::pointwise_tile(plan, band, groups, scratch + layout.groups);
+    if (is_clamp(p.mid_activation)) return;
+    T* const output = output_row(plan, band, band.row_begin);
+    activate<V>(p.mid_activation, output, (band.row_end - band.row_begin) * plan.out_width * p.channels);
+  }
+
+  // Where the depthwise half is the end: row oy of the output.
+  static T* output_row(const ForwardPlan& plan, const Tile& band, int64_t oy) {
+    const int64_t row = band.image * plan.out_height + oy;
+    return static_cast<T*>(plan.output) + row * plan.out_width * plan.problem.channels;
+  }
+
+  // Where the pixels of the depthwise output stand: of a row of it, or in the groups of a band.
+  static const int64_t* place_pixels(const ForwardPlan& plan, const typename Plain::Groups& groups, T* scratch) {
+    if (plan.problem.out_channels > 0) {
+      int64_t* const place = Plain::places_of(plan, groups, scratch);
+      Plain::place_pixels(plan, groups, place);
+      return place;
+    }
+    int64_t* const place = reinterpret_cast<int64_t*>(scratch);
+    for (int64_t i = 0; i < plan.out_width; ++i) place[i] = i * plan.problem.channels;
+    return place;
+  }
+
+  // The channels of a panel, `row` for one filter of each, to all rows of the band.
+  template <class Before>
+  static void depthwise_to_output(const ForwardPlan& plan, const Tile& band, int64_t channel, ChannelsLastRow<T> row,
+                                  const int64_t* place, const Before& before) {
+    const Problem& p = plan.problem;
+    row.left = -p.pad_left;
+    row.pixels = plan.out_width;
+    row.output_stride = p.channels;
+    row.output_vector_stride = V::width;
+    row.whole_vectors = false;
+    const bool finite = all_finite<V>(row.weight, row.channels, p.kernel_h * p.kernel_w, row.weight_stride);
+    int64_t rows;
+    for (int64_t oy = band.row_begin; oy < band.row_end; oy += rows) {
+      rows = takes_two_rows<V>(p) && oy + 1 < band.row_end ? 2 : 1;
+      before(oy + rows - 1);
+      row.top = oy * p.stride_h - p.pad_top;
+      row.output = output_row(plan, band, oy) + channel;
+      if (rows == 2)
+        channels_last_rows<V, Run>(row, plan.out_width * p.channels);
+      else
+        placed_or_plain_row<V, Run>(row, place, finite);
+    }
   }
 
   // What the product makes rows [begin, end) of e from.

@@ -39,6 +39,8 @@ struct ForwardPlan {
   Problem problem;
   int64_t out_height, out_width;
   const void* input;
+  const void* gate;
+  const void* residual;
   const void* packed;
   void* output;
   PackedLayout layout;

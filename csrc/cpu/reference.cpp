@@ -53,8 +53,9 @@ template <class T>
 struct Reference {
   const Problem& p;
   const Weights& weights;
-  const T* x;
+  const Inputs& inputs;
   bool magnitude;
+  const void* x = inputs.x;
   int64_t oh = out_height(p), ow = out_width(p), depth = p.channels * p.multiplier;
 
   double value(const void* pointer, int64_t index) const {
@@ -119,7 +120,7 @@ struct Reference {
   double depthwise(int64_t n, int64_t i, int64_t oy, int64_t ox) const {
     double t = value(weights.depthwise_bias, i);
     for_taps(i, oy, ox, [&](int64_t weight, int64_t h, int64_t w) {
-      t += input(n, i, h, w) * value(weights.depthwise_weight, weight);
+      t += input(n, i, h, w) * (p.gate ? value(inputs.gate, n * depth + i) : value(weights.depthwise_weight, weight));
     });
     return t;
   }
@@ -143,7 +144,7 @@ struct Reference {
       for (int64_t k = 0; k < p.out_channels; ++k) {
         double& out = y[at_output(n, k, oy, ox)];
         out = finish(p.activation, out);
-        if (p.residual) out += value(x, at_output(n, k, oy, ox));
+        if (p.residual) out += value(inputs.residual != nullptr ? inputs.residual : x, at_output(n, k, oy, ox));
       }
     });
   }
@@ -193,22 +194,21 @@ struct Reference {
 
 }  // namespace
 
-void reference_forward(const Problem& problem, const void* input, const Weights& weights, double* output,
+void reference_forward(const Problem& problem, const Inputs& inputs, const Weights& weights, double* output,
                        bool magnitude) {
   if (problem.dtype == Dtype::f32)
-    Reference<float>{problem, weights, static_cast<const float*>(input), magnitude}.forward(output);
+    Reference<float>{problem, weights, inputs, magnitude}.forward(output);
   else
-    Reference<double>{problem, weights, static_cast<const double*>(input), magnitude}.forward(output);
+    Reference<double>{problem, weights, inputs, magnitude}.forward(output);
 }
 
 void reference_backward(const Problem& problem, const void* input, const Weights& weights, const void* grad_output,
                         const Gradients& gradients, bool magnitude) {
+  const Inputs inputs(input);
   if (problem.dtype == Dtype::f32)
-    Reference<float>{problem, weights, static_cast<const float*>(input), magnitude}.backward(
-        static_cast<const float*>(grad_output), gradients);
+    Reference<float>{problem, weights, inputs, magnitude}.backward(static_cast<const float*>(grad_output), gradients);
   else
-    Reference<double>{problem, weights, static_cast<const double*>(input), magnitude}.backward(
-        static_cast<const double*>(grad_output), gradients);
+    Reference<double>{problem, weights, inputs, magnitude}.backward(static_cast<const double*>(grad_output), gradients);
 }
 
 }  // namespace fastsep

@@ -21,92 +21,173 @@ size_t input_bytes(const Problem& p) {
   return static_cast<size_t>(p.batch * image) * element_size(p);
 }
 
+size_t gate_bytes(const Problem& p) { return static_cast<size_t>(p.batch * p.channels) * element_size(p); }
+
 size_t output_bytes(const Problem& p) {
   const int64_t channels = p.out_channels > 0 ? p.out_channels : p.channels * p.multiplier;
   return static_cast<size_t>(p.batch * channels * out_height(p) * out_width(p)) * element_size(p);
 }
 
-Series::Series(std::vector<Call> calls) : calls_(std::move(calls)) {
-  while (by_images_ < calls_.size() && calls_[by_images_].problem.batch == batch()) ++by_images_;
+Series::Series(std::vector<Call> calls, int inputs, std::vector<int> outputs)
+    : calls_(std::move(calls)), inputs_(static_cast<size_t>(inputs)), outputs_(std::move(outputs)) {
+  while (by_images_ < calls_.size() && batch(calls_[by_images_]) == batch()) ++by_images_;
+  place_values();
+}
+
+void Series::place_values() {
+  // In calls behind which nobody reads a value.
+  std::vector<size_t> last_use(inputs_ + calls_.size(), 0);
+  values_.resize(last_use.size());
+  for (size_t i = 0; i < inputs_; ++i) values_[i] = {Place::input, i, 0};
+  for (size_t i = 0; i < calls_.size(); ++i) {
+    for (const auto& [value, bytes] : reads(calls_[i])) {
+      last_use[static_cast<size_t>(value)] = i;
+      if (static_cast<size_t>(value) < inputs_) values_[static_cast<size_t>(value)].bytes = bytes;
+    }
+    values_[inputs_ + i] = {Place::group, 0, result_bytes(calls_[i])};
+  }
+  for (size_t i = inputs_; i < inputs_ + by_images_; ++i) {
+    if (last_use[i] < by_images_) continue;
+    values_[i].place = Place::whole;
+    values_[i].at = whole_bytes_;
+    whole_bytes_ += aligned(values_[i].bytes);
+  }
+  for (size_t i = 0; i < outputs_.size(); ++i) {
+    Value& value = values_[static_cast<size_t>(outputs_[i])];
+    value.place = Place::output;
+    value.at = i;
+  }
+  image_bytes_ = place(0, by_images_, static_cast<size_t>(std::max<int64_t>(1, batch())), last_use);
+  behind_bytes_ = place(by_images_, calls_.size(), 1, last_use);
+}
+
+// Places the results of calls [begin, end) that belong to a group, first come, each at the lowest offset that is free
+// from its call to its last use. Returns the bytes that they take, of one of `batch` images.
+size_t Series::place(size_t begin, size_t end, size_t batch, const std::vector<size_t>& last_use) {
+  size_t total = 0;
+  std::vector<size_t> living;  // by their offsets
+  for (size_t i = begin; i < end; ++i) {
+    Value& value = values_[inputs_ + i];
+    living.erase(std::remove_if(living.begin(), living.end(), [&](size_t other) { return last_use[other] < i; }),
+                 living.end());
+    if (value.place != Place::group) continue;
+    const size_t bytes = aligned(value.bytes / batch);
+    auto before = living.begin();
+    for (; before != living.end() && values_[*before].at < value.at + bytes; ++before)
+      value.at = values_[*before].at + aligned(values_[*before].bytes / batch);
+    living.insert(before, inputs_ + i);
+    total = std::max(total, value.at + bytes);
+  }
+  return total;
+}
+
+int64_t Series::batch(const Call& call) {
+  const auto* const forward = std::get_if<Forward>(&call.what);
+  return forward != nullptr ? forward->problem.batch : std::get<Interleave>(call.what).batch;
+}
+
+std::vector<std::pair<int, size_t>> Series::reads(const Call& call) {
+  std::vector<std::pair<int, size_t>> result;
+  if (const auto* const forward = std::get_if<Forward>(&call.what)) {
+    const Problem& p = forward->problem;
+    result.emplace_back(call.first, input_bytes(p));
+    if (p.gate) result.emplace_back(call.second, gate_bytes(p));
+    if (call.third != none) result.emplace_back(call.third, output_bytes(p));
+  } else {
+    for (int value : {call.first, call.second})
+      result.emplace_back(value, input_bytes(std::get<Interleave>(call.what)));
+  }
+  return result;
+}
+
+size_t Series::result_bytes(const Call& call) {
+  const auto* const forward = std::get_if<Forward>(&call.what);
+  return forward != nullptr ? output_bytes(forward->problem) : output_bytes(std::get<Interleave>(call.what));
 }
 
 Series::Call Series::part(size_t call, int64_t images) const {
   Call result = calls_[call];
-  if (call < by_images_) result.problem.batch = images;
+  if (call >= by_images_) return result;
+  if (auto* const forward = std::get_if<Forward>(&result.what))
+    forward->problem.batch = images;
+  else
+    std::get<Interleave>(result.what).batch = images;
   return result;
 }
 
-// Of calls [begin, end), the most that two neighbouring results take which lie between two calls.
-size_t Series::between_bytes(size_t begin, size_t end, int64_t images) const {
-  size_t most = 0;
-  for (size_t i = begin; i + 1 < end; ++i) {
-    const size_t next = i + 2 < end ? output_bytes(part(i + 1, images).problem) : 0;
-    most = std::max(most, aligned(output_bytes(part(i, images).problem)) + aligned(next));
-  }
-  return most;
+// How many go through together.
+int64_t Series::images(int threads) const {
+  const int64_t fitting = static_cast<int64_t>(cache_bytes / std::max<size_t>(1, image_bytes_));
+  return std::min(batch(), std::max<int64_t>(threads, fitting));
 }
 
-Series::Room Series::room(int threads) const {
-  const size_t image = std::max<size_t>(1, between_bytes(0, by_images_, 1));
-  const int64_t fitting = static_cast<int64_t>(cache_bytes / image);
-  const int64_t images = std::min(batch(), std::max<int64_t>(threads, fitting));
-  if (images >= batch()) return {images, 0, between_bytes(0, calls_.size(), images)};
-  const size_t behind = between_bytes(by_images_, calls_.size(), images);
-  const bool whole_behind = by_images_ < calls_.size();
-  return {images, whole_behind ? aligned(output_bytes(calls_[by_images_ - 1].problem)) : 0,
-          std::max(between_bytes(0, by_images_, images), behind)};
+size_t Series::group_bytes(int64_t images) const {
+  return std::max(image_bytes_ * static_cast<size_t>(images), behind_bytes_);
 }
 
 Status Series::workspace_bytes(Isa isa, int threads, size_t* bytes) const {
-  const Room room = this->room(threads);
-  const int64_t rest = room.images > 0 ? batch() % room.images : 0;
+  const int64_t images = this->images(threads), rest = images > 0 ? batch() % images : 0;
   size_t largest = 0;
   for (size_t i = 0; i < calls_.size(); ++i) {
     // Fewer images may be cut into more tiles, which take more scratch.
-    for (int64_t images : {room.images, rest > 0 ? rest : room.images}) {
-      const Status status = fastsep::workspace_bytes(part(i, images).problem, isa, threads, false, bytes);
+    for (int64_t count : {images, rest}) {
+      const Call call = part(i, count);
+      const auto* const forward = std::get_if<Forward>(&call.what);
+      if (forward == nullptr || (count == 0 && images > 0)) continue;
+      const Status status = fastsep::workspace_bytes(forward->problem, isa, threads, false, bytes);
       if (status != Status::ok) return status;
       largest = std::max(largest, *bytes);
     }
   }
-  *bytes = room.joined + room.between + aligned(largest);
+  *bytes = whole_bytes_ + group_bytes(images) + aligned(largest);
   return Status::ok;
 }
 
-Status Series::run(Isa isa, const void* input, void* output, void* memory, size_t bytes,
+Status Series::run(Isa isa, const void* const* inputs, void* const* outputs, void* memory, size_t bytes,
                    const Executor& executor) const {
-  const Room room = this->room(executor.threads);
+  const int64_t images = this->images(executor.threads);
+  const size_t before = whole_bytes_ + group_bytes(images);
   char* const base = static_cast<char*>(memory);
-  const auto calls = [&](size_t begin, size_t end, int64_t images, const void* from, void* to) {
-    return run_calls(begin, end, images, isa, from, to, base + room.joined, bytes - room.joined, room.between,
-                     executor);
-  };
-  if (room.images >= batch()) return calls(0, calls_.size(), batch(), input, output);
-
-  const bool whole_behind = by_images_ < calls_.size();
-  char* const results = whole_behind ? base : static_cast<char*>(output);
-  const size_t taken = input_bytes(calls_[0].problem) / static_cast<size_t>(batch());
-  const size_t given = output_bytes(calls_[by_images_ - 1].problem) / static_cast<size_t>(batch());
-  for (int64_t first = 0; first < batch(); first += room.images) {
-    const int64_t images = std::min(room.images, batch() - first);
-    const char* const from = static_cast<const char*>(input) + static_cast<size_t>(first) * taken;
-    const Status status = calls(0, by_images_, images, from, results + static_cast<size_t>(first) * given);
+  const Memory parts = {inputs, outputs, base, base + whole_bytes_, base + before, bytes - before};
+  for (int64_t first = 0; first < batch(); first += images) {
+    const int64_t count = std::min(images, batch() - first);
+    const Status status = run_calls(0, by_images_, first, count, isa, parts, executor);
     if (status != Status::ok) return status;
   }
-  return whole_behind ? calls(by_images_, calls_.size(), batch(), results, output) : Status::ok;
+  return run_calls(by_images_, calls_.size(), 0, 1, isa, parts, executor);
 }
 
-Status Series::run_calls(size_t begin, size_t end, int64_t images, Isa isa, const void* input, void* output,
-                         char* memory, size_t bytes, size_t between, const Executor& executor) const {
+// Of images from `first` on, where the value is of images and in the whole batch; `images` go through together.
+char* Series::address(int value, int64_t first, int64_t images, const Memory& memory) const {
+  if (value == none) return nullptr;
+  const auto index = static_cast<size_t>(value);
+  const Value& v = values_[index];
+  const size_t offset =
+      is_by_images(index) && first > 0 ? v.bytes / static_cast<size_t>(batch()) * static_cast<size_t>(first) : 0;
+  switch (v.place) {
+    case Place::input: return const_cast<char*>(static_cast<const char*>(memory.inputs[v.at])) + offset;
+    case Place::output: return static_cast<char*>(memory.outputs[v.at]) + offset;
+    case Place::whole: return memory.whole + v.at + offset;
+    case Place::group: return memory.group + v.at * static_cast<size_t>(images);
+  }
+  return nullptr;
+}
+
+Status Series::run_calls(size_t begin, size_t end, int64_t first, int64_t images, Isa isa, const Memory& memory,
+                         const Executor& executor) const {
+  const auto at = [&](int value) { return address(value, first, images, memory); };
   for (size_t i = begin; i < end; ++i) {
     const Call call = part(i, images);
-    // Results lie at the beginning and at the end in turn, so that none is written over what it is made of.
-    void* to = output;
-    if (i + 1 < end) to = (i - begin) % 2 == 0 ? memory : memory + between - aligned(output_bytes(call.problem));
-    const Status status = forward(call.problem, isa, input, call.packed, call.packed_size, to, memory + between,
-                                  bytes - between, executor);
+    void* const to = at(static_cast<int>(inputs_ + i));
+    const auto* const forward = std::get_if<Forward>(&call.what);
+    if (forward == nullptr) {
+      run_interleave(std::get<Interleave>(call.what), at(call.first), at(call.second), to, executor);
+      continue;
+    }
+    const Inputs inputs(at(call.first), at(call.second), at(call.third));
+    const Status status = fastsep::forward(forward->problem, isa, inputs, forward->packed, forward->packed_size, to,
+                                           memory.scratch, memory.scratch_bytes, executor);
     if (status != Status::ok) return status;
-    input = to;
   }
   return Status::ok;
 }

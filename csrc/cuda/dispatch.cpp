@@ -33,7 +33,8 @@ Status validate(const Problem& problem) {
   p.dtype = Dtype::f32;  // the one that both know
   const Status status = fastsep::validate(p);
   if (status != Status::ok) return status;
-  if (p.expand.channels > 0 || p.residual) return Status::bad_expansion;
+  if (p.expand.channels > 0) return Status::bad_expansion;
+  if (p.residual || p.gate) return Status::bad_operand;
   const int64_t oh = out_height(p), ow = out_width(p);
   if (!axis_fits(p.height, p.pad_top, p.pad_bottom, p.kernel_h, p.dilation_h, p.stride_h, oh) ||
       !axis_fits(p.width, p.pad_left, p.pad_right, p.kernel_w, p.dilation_w, p.stride_w, ow))

@@ -230,10 +230,7 @@ class _Profiled(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(target, SeriesStep):
-            (result,) = args
-            for step in target.links:
-                result = self.call_function(step, (result,), {})
-            return result
+            return target.one_by_one(lambda step, *inputs: self.call_function(step, inputs, {}), *args)
         with torch.profiler.record_function(f"fastsep: {getattr(target, '__name__', target)}"):
             return super().call_function(target, args, kwargs)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -22,9 +22,7 @@ from ..modules import SeparableConv2d
 from .aliases import Memory
 from .chains import Convolution, Reader, UnfitError
 from .live import LiveStep
-from .series import LinearStep, MeanStep
-from .steps import DenseStep, DepthwiseStep, ExpandedStep, PointwiseStep, SeparableStep
-from .trace import why_opaque
+from .steps import ExpandedStep, SeparableStep
 
 
 @dataclass
@@ -35,15 +33,22 @@ class Match:
     """
 
     nodes: list[fx.Node]
-    step: Callable[[Tensor], Tensor]
+    step: Callable[..., Tensor]
     kind: str
     convolution: Convolution | None = None
     expand: Convolution | None = None
+    operands: tuple[int, ...] = (0,)  # which of the first node's arguments the step takes
 
     @property
     def input(self) -> fx.Node:
         (node,) = (arg for arg in self.nodes[0].args[:1] if isinstance(arg, fx.Node))
         return node
+
+    @property
+    def inputs(self) -> tuple[fx.Node, ...]:
+        arguments: list[fx.Node] = []
+        fx.node.map_arg(self.nodes[0].args, arguments.append)
+        return tuple(arguments[i] for i in self.operands)
 
     def run(self, reader: Reader, x: Tensor) -> Tensor:
         """What the nodes compute from another input."""
@@ -88,7 +93,7 @@ def tail(
     if activation == "identity":
         activation = convolution.activation
     result = Tail(convolution, activation, [convolution.node])
-    while (node := result.next) is not None and _reads_only(node, result.nodes[-1]):
+    while (node := result.next) is not None and reads_only(node, result.nodes[-1]):
         try:
             if reader.is_identity(node):
                 pass
@@ -108,7 +113,7 @@ def tail(
     return result
 
 
-def _reads_only(node: fx.Node, source: fx.Node) -> bool:
+def reads_only(node: fx.Node, source: fx.Node) -> bool:
     """Whether a node takes another's result as its first argument and no second time."""
     arguments: list[fx.Node] = []
     fx.node.map_arg((node.args[1:], node.kwargs), arguments.append)
@@ -124,7 +129,7 @@ def separable_pair(reader: Reader, node: fx.Node) -> Match | None:
         return None
     first = tail(reader, convolution)
     pointwise = _pointwise_behind(reader, first)
-    _check_native(convolution, pointwise)
+    check_native(convolution, pointwise)
     second = tail(reader, pointwise, lenient=True)
     step = SeparableStep(first.convolution, first.activation, second.convolution, second.activation)
     return Match([*first.nodes, *second.nodes], step, "separable", convolution)
@@ -151,14 +156,14 @@ def expanded_pair(reader: Reader, node: fx.Node) -> Match | None:
     weight = expand.convolution.weight
     if depthwise.weight.shape[0] != weight.shape[0] or weight.dtype != depthwise.weight.dtype:
         return None  # a depth multiplier
-    _check_native(expand.convolution, depthwise)
+    check_native(expand.convolution, depthwise)
     nodes, source = [*expand.nodes, *pair.nodes], expand.nodes[0].args[0]
     residual = None
     if pointwise.weight.shape[0] == weight.shape[1] and all(
         map(_keeps_size, (expand.convolution, depthwise))
     ):
         residual = _sum_behind(reader, nodes, source)
-    step = ExpandedStep(expand.convolution, expand.activation, *halves, residual=residual is not None)
+    step = ExpandedStep(expand.convolution, expand.activation, *halves, sum_with_input=residual is not None)
     kind = f"separable behind {expand.convolution.name}"
     if residual is not None:
         nodes.append(residual)
@@ -171,7 +176,7 @@ def _expansion_before(reader: Reader, node: fx.Node) -> Tail | None:
     parts = [node]
     while True:
         before = parts[-1].args[0] if parts[-1].args else None
-        if not isinstance(before, fx.Node) or len(before.users) != 1 or not _reads_only(parts[-1], before):
+        if not isinstance(before, fx.Node) or len(before.users) != 1 or not reads_only(parts[-1], before):
             return None
         parts.append(before)
         try:
@@ -182,14 +187,18 @@ def _expansion_before(reader: Reader, node: fx.Node) -> Tail | None:
                 return None
         except UnfitError:
             return None
-    weight = convolution.weight
-    small = convolution.is_pointwise or weight.shape[1] <= _LARGEST_IMAGE
-    if convolution.groups != 1 or convolution.dilation != (1, 1) or not small:
+    expand = expansion(reader, convolution)
+    return expand if expand is not None and expand.nodes[-1] is parts[1] else None
+
+
+def expansion(reader: Reader, convolution: Convolution | None) -> Tail | None:
+    """A convolution with its tail, where a kernel makes rows of its result for a depthwise half behind it."""
+    if convolution is None or convolution.groups != 1 or convolution.dilation != (1, 1):
+        return None
+    if not convolution.is_pointwise and convolution.weight.shape[1] > _LARGEST_IMAGE:
         return None
     expand = tail(reader, convolution, lenient=True)
-    if not expand.convolution.weight.isfinite().all():
-        return None
-    return expand if expand.nodes[-1] is parts[1] else None
+    return expand if expand.convolution.weight.isfinite().all() else None
 
 
 def _keeps_size(convolution: Convolution) -> bool:
@@ -220,7 +229,7 @@ def _sum_behind(reader: Reader, nodes: list[fx.Node], source: Any) -> fx.Node | 
 def _separable_layer(reader: Reader, node: fx.Node, layer: SeparableConv2d) -> Match:
     """The layer, with a norm and an activation behind it."""
     depthwise, mid, pointwise, activation = reader.separable(node, layer)
-    _check_native(depthwise, pointwise)
+    check_native(depthwise, pointwise)
     second = tail(reader, pointwise, activation, lenient=True)
     step = SeparableStep(depthwise, mid, second.convolution, second.activation)
     return Match(second.nodes, step, "separable", depthwise)
@@ -235,7 +244,7 @@ def live_pair(reader: Reader, node: fx.Node) -> Match | None:
         return None
     first = tail(reader, convolution)
     pointwise = _pointwise_behind(reader, first)
-    _check_native(convolution, pointwise)
+    check_native(convolution, pointwise)
     for half in (convolution, pointwise):
         if half.module is None:
             raise UnfitError(f"{half.name} is no nn.Conv2d")
@@ -250,7 +259,7 @@ def _pointwise_behind(reader: Reader, first: Tail) -> Convolution:
         if _is_gated(reader, last):
             raise UnfitError("squeeze-and-excite between")
         raise UnfitError(f"what lies behind {name} is used {len(last.users)} times")
-    pointwise = reader.convolution(first.next) if _reads_only(first.next, last) else None
+    pointwise = reader.convolution(first.next) if reads_only(first.next, last) else None
     if pointwise is None:
         raise UnfitError(f"followed by {describe(reader, first.next)}, not by a pointwise convolution")
     if not pointwise.is_pointwise:
@@ -276,7 +285,7 @@ def _is_gated(reader: Reader, node: fx.Node) -> bool:
     return pooled and any(user.target in _PRODUCTS for user in node.users)
 
 
-def _check_native(*convolutions: Convolution) -> None:
+def check_native(*convolutions: Convolution) -> None:
     """UnfitError where no kernel takes these weights."""
     if _native.core is None:
         raise UnfitError(f"native module missing: {_native.missing}")
@@ -293,104 +302,11 @@ def _check_native(*convolutions: Convolution) -> None:
                 raise UnfitError(f"weights of {first.dtype} and {weight.dtype}")
 
 
-def lone_depthwise(reader: Reader, node: fx.Node) -> Match | None:
-    """Depthwise -> [norm] -> [activation], with anything behind."""
-    convolution = reader.convolution(node)
-    if convolution is None or not convolution.is_depthwise:
-        return None
-    _check_native(convolution)
-    only = tail(reader, convolution, lenient=True)
-    return Match(only.nodes, DepthwiseStep(only.convolution, only.activation), "depthwise", convolution)
-
-
-def lone_pointwise(reader: Reader, node: fx.Node) -> Match | None:
-    """Pointwise, of any stride -> [norm] -> [activation]."""
-    convolution = reader.convolution(node)
-    if convolution is None or not replace(convolution, stride=(1, 1)).is_pointwise:
-        return None
-    _check_native(convolution)
-    only = tail(reader, convolution, lenient=True)
-    return Match(only.nodes, PointwiseStep(only.convolution, only.activation), "pointwise", convolution)
-
-
-def dense(reader: Reader, node: fx.Node) -> Match | None:
-    """Any other convolution -> [norm] -> [activation], by torch's convolution."""
-    convolution = reader.convolution(node)
-    if convolution is None:
-        return None
-    _check_native(convolution)  # other dtypes and devices are the model's own affair
-    if convolution.padding == "same" and convolution.stride != (1, 1):
-        raise UnfitError("its padding depends on the input")
-    if (
-        convolution.padding[:1] != convolution.padding[1:2]
-        or convolution.padding[2:3] != convolution.padding[3:]
-    ):
-        raise UnfitError("its padding differs from side to side")
-    only = tail(reader, convolution, lenient=True)
-    return Match(only.nodes, DenseStep(only.convolution, only.activation), "dense", convolution)
-
-
-def mean_over_plane(reader: Reader, node: fx.Node) -> Match | None:
-    """Global average pooling, as a module, a function or a mean -> [flatten]."""
-    module, given = reader.module(node), node.args[1:]
-    dims: Any = (-2, -1)
-    size: Any = 1
-    keepdim: Any = True
-    if type(module) is nn.AdaptiveAvgPool2d and not why_opaque(module) and not given:
-        size = module.output_size
-    elif node.target is F.adaptive_avg_pool2d and len(given) == 1 and not node.kwargs:
-        (size,) = given
-    elif node.target in (torch.mean, "mean") and len(given) == 1 and node.kwargs.keys() <= {"keepdim"}:
-        (dims,), keepdim = given, node.kwargs.get("keepdim", False)
-    else:
-        return None
-    plane = isinstance(dims, tuple | list) and tuple(dims) in ((2, 3), (-2, -1))
-    if size not in (1, (1, 1), [1, 1]) or not plane or not isinstance(keepdim, bool):
-        return None
-    if _native.core is None or not isinstance(node.args[0], fx.Node):
-        return None
-    nodes, flatten = [node], False
-    while (
-        keepdim
-        and not flatten
-        and len(users := list(nodes[-1].users)) == 1
-        and _reads_only(users[0], nodes[-1])
-    ):
-        if _flattens(reader, users[0]):
-            flatten = True
-        elif not reader.is_identity(users[0]):
-            break
-        nodes.append(users[0])
-    return Match(nodes, MeanStep(node, tuple(dims), keepdim=keepdim, flatten=flatten), "mean")
-
-
-def _flattens(reader: Reader, node: fx.Node) -> bool:
-    """Whether a node makes [N, C] of [N, C, 1, 1]."""
-    module = reader.module(node)
-    if type(module) is nn.Flatten and not why_opaque(module):
-        return (module.start_dim, module.end_dim) == (1, -1) and len(node.args) == 1
-    return node.target in (torch.flatten, "flatten") and node.args[1:] in ((1,), (1, -1)) and not node.kwargs
-
-
-def linear(reader: Reader, node: fx.Node) -> Match | None:
-    """A linear layer, which torch would stream row-major."""
-    module = reader.module(node)
-    if type(module) is not nn.Linear or why_opaque(module) or len(node.args) != 1 or node.kwargs:
-        return None
-    if type(module.weight) is not nn.Parameter or module.weight.dtype not in _native.DTYPES:
-        return None
-    if _native.core is None or module.weight.device.type != "cpu":
-        return None
-    return Match([node], LinearStep(node, module.weight, module.bias), "linear")
-
-
 Pattern = Callable[[Reader, fx.Node], Match | None]
 
 # With a depthwise convolution among them, so that their reasons are reported.
 PATTERNS: Sequence[Pattern] = (expanded_pair, separable_pair)
 TRAINING_PATTERNS: Sequence[Pattern] = (live_pair,)
-# What is around the pairs.
-SURROUNDINGS: Sequence[Pattern] = (lone_depthwise, lone_pointwise, dense, mean_over_plane, linear)
 
 
 def describe(reader: Reader, node: fx.Node) -> str:

@@ -11,9 +11,11 @@ from torch import fx, nn
 
 from .aliases import Memory, sharing
 from .chains import Reader, UnfitError
-from .patterns import SURROUNDINGS, Match
+from .patterns import Match
 from .series import SeriesStep
-from .steps import add, as_contiguous
+from .shuffles import take_halves
+from .steps import PackedStep, add, as_contiguous
+from .surroundings import SURROUNDINGS
 from .trace import Region, why_opaque
 
 
@@ -63,7 +65,8 @@ def rewrite(
     channels_last = False
     if inference:
         gone += _drop_identities(graph, reader)
-        _add_in_place(graph, fresh)
+        take_halves(graph, fresh)
+        _add_to_steps(graph, reader, fresh)
         channels_last = _prepare_channels_last(graph, reader, fresh)
         _join(graph)
     for node in reversed(list(graph.nodes)):
@@ -101,7 +104,7 @@ def _replace(graph: fx.Graph, match: Match) -> fx.Node:
     """Computes a match's step where its first node was: there the input is what that node would have read."""
     first, last = match.nodes[0], match.nodes[-1]
     with graph.inserting_before(first):
-        node = graph.call_function(match.step, (match.input,))
+        node = graph.call_function(match.step, match.inputs)
     last.replace_all_uses_with(node)
     for old in reversed(match.nodes):
         graph.erase_node(old)
@@ -116,33 +119,71 @@ def _drop_identities(graph: fx.Graph, reader: Reader) -> list[fx.Node]:
     return identities
 
 
-def _add_in_place(graph: fx.Graph, fresh: set[fx.Node]) -> None:
-    """Sums of a step's result, which nobody else reads, and something else go where the result is."""
-    for node in list(graph.nodes):
+def _add_to_steps(graph: fx.Graph, reader: Reader, fresh: set[fx.Node]) -> None:
+    """Sums of a step's result, which nobody else reads, and something else: by the step itself, where it can
+    and the other summand is there in time, else where the result is."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    for node in place:
         if node.target not in (operator.add, operator.iadd, torch.add) or len(node.args) != 2 or node.kwargs:
             continue
-        for a, b in (node.args, node.args[::-1]):
-            if a in fresh and len(a.users) == 1 and isinstance(b, fx.Node) and b is not a:
-                # `b += a` writes to b, which others may read.
-                if node.target is operator.iadd and a is not node.args[0]:
-                    continue
+        sides = [node.args, node.args[::-1]]
+        # `b += a` writes to b, which others may read.
+        for a, b in sides[: 1 if node.target is operator.iadd else 2]:
+            if not (a in fresh and len(a.users) == 1 and isinstance(b, fx.Node) and b is not a):
+                continue
+            in_time = place[b] < place[a] and b.op != "get_attr"
+            # The step reads it where it is itself. It may be another by the sum. (A summand of another shape
+            # is for the step to find.)
+            if _can_add(a.target) and in_time and not Memory(graph, reader, fresh).is_written(b, a, node):
+                a.target.residual = True
+                a.args = *a.args, b
+                node.replace_all_uses_with(a)
+                graph.erase_node(node)
+            else:
                 node.target, node.args = add, (a, b)
-                break
+            break
+
+
+def _can_add(step: Any) -> bool:
+    if not isinstance(step, PackedStep) or step.weights[1] is None:
+        return False
+    return not (step.residual or getattr(step, "sum_with_input", False))
 
 
 def _join(graph: fx.Graph) -> None:
-    """Makes one step of steps of which each reads nothing but the one before, and alone."""
+    """Makes one step of steps with nothing but such between them."""
+    run: list[fx.Node] = []
     for node in list(graph.nodes):
-        if not hasattr(node.target, "link") or node._erased:
-            continue
-        nodes = [node]
-        while len(users := list(nodes[-1].users)) == 1 and hasattr(users[0].target, "link"):
-            nodes.append(users[0])
-        if len(nodes) > 1:
-            nodes[0].target = SeriesStep([link.target for link in nodes])
-            nodes[-1].replace_all_uses_with(nodes[0])
-            for old in reversed(nodes[1:]):
-                graph.erase_node(old)
+        if hasattr(node.target, "link"):
+            run.append(node)
+        elif node.op not in ("placeholder", "get_attr"):
+            _join_run(graph, run)
+            run = []
+
+
+def _join_run(graph: fx.Graph, run: list[fx.Node]) -> None:
+    def arguments(node: fx.Node) -> tuple[Any, ...]:
+        return node.args  # all of them nodes
+
+    inside = set(run)
+    outputs = [node for node in run if not inside.issuperset(node.users)]
+    if len(run) < 2 or not outputs:
+        return
+    inputs = list(dict.fromkeys(arg for node in run for arg in arguments(node) if arg not in inside))
+    number = {node: i for i, node in enumerate([*inputs, *run])}
+    operands = [tuple(number[arg] for arg in arguments(node)) for node in run]
+    links: list[Any] = [node.target for node in run]
+    step = SeriesStep(links, operands, len(inputs), [number[node] for node in outputs])
+    with graph.inserting_after(run[-1]):
+        joined = graph.call_function(step, tuple(inputs))
+    results = [joined]
+    if len(outputs) > 1:
+        with graph.inserting_after(joined):
+            results = [graph.call_function(operator.getitem, (joined, i)) for i in range(len(outputs))]
+    for node, result in zip(outputs, results, strict=True):
+        node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
+    for node in reversed(run):
+        graph.erase_node(node)
 
 
 # What asks for a tensor's place in memory and not for its values.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,14 @@ from .chains import Convolution
 # The problem, the output's shape and layout, whether the input is dense in it, and whether it is the input's.
 Prepared = tuple[tuple[int, ...], tuple[int, ...], torch.memory_format, bool, bool]
 
-# A call of Series, a tensor like its result, and the packed weights, which must live as long as the series.
-Link = tuple[tuple[tuple[int, ...], int, int], Tensor, Tensor]
+
+class Link(NamedTuple):
+    """A step as calls of Series, whose values are the step's inputs and then the results of these calls."""
+
+    calls: list[tuple[tuple[int, ...], int, int, int, int, int]]
+    result: Tensor  # one like it
+    packed: list[Tensor]  # weights, which must live as long as the series
+
 
 # Shapes of inputs for which a step keeps what it worked out.
 _REMEMBERED = 64
@@ -41,7 +47,13 @@ def remember(cache: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
 
 
 class PackedStep:
-    """A native call on packed weights. For each shape of the input all but the addresses is known."""
+    """A native call on packed weights. For each shape of the input all but the addresses is known.
+
+    Behind the input a step that is `gated` takes factors [N, C, 1, 1] of the input, and one with a `residual`
+    a tensor that is added to the result.
+    """
+
+    gated = residual = False
 
     def __init__(
         self,
@@ -70,7 +82,9 @@ class PackedStep:
     def pack(self) -> Tensor | None:
         return _native.pack(self.channels, *self.weights)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *operands: Tensor) -> Tensor:
+        if operands:
+            return self.with_operands(x, *operands)
         call = None if _ops.VERBOSE else self.calls.get((x.shape, x.stride()))
         if call is None or x.dtype is not self.dtype or not is_native(x):
             if x.dim() == 3:
@@ -90,15 +104,51 @@ class PackedStep:
         _native.core.forward_packed(problem, "", x.data_ptr(), *self.packed_at, output.data_ptr())
         return output if kept else output.contiguous()
 
-    def link(self, x: Tensor) -> Link | None:
-        """The call for an input like this one, whose numbers do not matter; None where that is copied."""
-        if x.dim() != 4 or not len(x):
+    def with_operands(self, x: Tensor, *operands: Tensor) -> Tensor:
+        call = None if _ops.VERBOSE else self.linked(x, *operands)
+        gate = operands[0] if self.gated else None
+        residual = operands[-1] if self.residual else None
+        if call is None:
+            y = self(x if gate is None else x * gate)
+            return y if residual is None else y + residual
+        problem, output = call[0], torch.empty(call[1], dtype=self.dtype, memory_format=torch.channels_last)
+        if _native.own_pool:
+            _native.core.set_num_threads(torch.get_num_threads())
+        addresses = (0 if extra is None else extra.data_ptr() for extra in (gate, residual))
+        _native.core.forward_packed(problem, "", x.data_ptr(), *self.packed_at, output.data_ptr(), *addresses)
+        return output
+
+    def linked(self, x: Tensor, *operands: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The problem of a native call on these as they lie, channels-last, and the shape of its output.
+
+        None where one is copied or does not fit.
+        """
+        if not is_native(x) or x.dim() != 4 or not len(x):
             return None
-        problem, shape, layout, dense, kept = self.prepare(x)
+        call = self.calls.get((x.shape, x.stride()))
+        if call is None or x.dtype is not self.dtype:
+            call = self.prepare(x)
+        problem, shape, layout, dense, kept = call
         if not (dense and kept and layout is torch.channels_last):
             return None
-        result = torch.empty(shape, dtype=self.dtype, memory_format=layout)
-        return (problem, *self.packed_at), result, self.packed
+        wanted = [(*x.shape[:2], 1, 1)] * self.gated + [shape] * self.residual
+        for operand, size in zip(operands, wanted, strict=True):
+            alike = isinstance(operand, Tensor) and operand.dtype is self.dtype and is_native(operand)
+            if not alike or operand.shape != size or not operand.is_contiguous(memory_format=layout):
+                return None
+        if wanted:
+            problem = *problem[:20], int(self.residual), int(self.gated), *problem[22:]
+        return problem, shape
+
+    def link(self, x: Tensor, *operands: Tensor) -> Link | None:
+        """The call for inputs like these, whose numbers do not matter; None where there is none."""
+        call = self.linked(x, *operands)
+        if call is None:
+            return None
+        problem, shape = call
+        result = torch.empty(shape, dtype=self.dtype, memory_format=torch.channels_last)
+        gate, residual = 1 if self.gated else -1, len(operands) if self.residual else -1
+        return Link([(problem, *self.packed_at, 0, gate, residual)], result, [self.packed])
 
     def reported(self, x: Tensor) -> Tensor:
         """By the operator's kernel, which prints the line of FASTSEP_VERBOSE."""
@@ -156,19 +206,24 @@ class DepthwiseStep(PackedStep):
 
 
 class PointwiseStep(PackedStep):
-    """A pointwise convolution of any stride and an activation: a pair whose depthwise half copies."""
+    """A pointwise convolution of any stride and an activation: the depthwise half copies, or scales."""
 
-    def __init__(self, pointwise: Convolution, activation: str) -> None:
-        channels = pointwise.in_channels
-        ones = pointwise.weight.new_ones(channels, 1, 1, 1)
-        copying = replace(pointwise, weight=ones, bias=None, groups=channels)
-        super().__init__(copying, "identity", pointwise, activation)
+    def __init__(self, pointwise: Convolution, activation: str, *, gated: bool = False) -> None:
+        super().__init__(copying(pointwise, pointwise.in_channels), "identity", pointwise, activation)
+        self.gated = gated
+
+
+def copying(like: Convolution, channels: int) -> Convolution:
+    """A depthwise half that changes nothing, with the name, stride and padding of another convolution."""
+    ones = like.weight.new_ones(channels, 1, 1, 1)
+    return replace(like, weight=ones, bias=None, groups=channels, dilation=(1, 1))
 
 
 class ExpandedStep(PackedStep):
-    """A dense convolution and an activation before the pair, and with `residual` the sum with the input.
+    """A dense convolution and an activation before the pair or a depthwise convolution.
 
-    Channels-last: another input is converted, and the result back.
+    With `sum_with_input` the input is added to the result. Channels-last: another input is converted, and the
+    result back.
     """
 
     def __init__(
@@ -177,12 +232,12 @@ class ExpandedStep(PackedStep):
         expand_activation: str,
         depthwise: Convolution,
         mid_activation: str,
-        pointwise: Convolution,
-        activation: str,
+        pointwise: Convolution | None = None,
+        activation: str = "identity",
         *,
-        residual: bool,
+        sum_with_input: bool = False,
     ) -> None:
-        self.expand, self.expand_activation, self.residual = expand, expand_activation, residual
+        self.expand, self.expand_activation, self.sum_with_input = expand, expand_activation, sum_with_input
         super().__init__(depthwise, mid_activation, pointwise, activation)
         self.channels = expand.in_channels
 
@@ -205,7 +260,7 @@ class ExpandedStep(PackedStep):
             pads = same_padding(x.new_empty(()).expand(plane), dw, self.stride, self.dilation)
         geometry = expand.stride, e_pads, self.stride, pads, self.dilation
         activations = self.expand_activation, self.mid_activation, self.activation
-        return x, ew, dw, pw, eb, db, b, *geometry, *activations, self.residual
+        return x, ew, dw, pw, eb, db, b, *geometry, *activations, self.sum_with_input
 
     def prepare(self, x: Tensor) -> Prepared:
         problem, shape = _expanded.native_problem(*self.arguments(x))
@@ -214,6 +269,15 @@ class ExpandedStep(PackedStep):
     def reported(self, x: Tensor) -> Tensor:
         arguments = self.arguments(x.contiguous(memory_format=torch.channels_last))
         return _expanded.cpu_kernel(*arguments[:7], self.packed, *arguments[7:])
+
+
+class ImageStep(ExpandedStep):
+    """A dense convolution on an image and an activation: an expansion behind which nothing changes."""
+
+    def __init__(self, convolution: Convolution, activation: str) -> None:
+        nothing = copying(convolution, convolution.weight.shape[0])
+        nothing = replace(nothing, stride=(1, 1), padding=(0, 0, 0, 0))
+        super().__init__(convolution, activation, nothing, "identity")
 
 
 class DenseStep:

@@ -43,20 +43,22 @@ void run_case(const Kernel& kernel, const Case& c, Layout layout) {
   p.dtype = kernel.dtype;
   p.layout = layout;
   const Status status = validate(p);
+  const bool has_operands = p.gate || p.residual;
   if (p.expand.channels > 0 && layout == Layout::nchw)
     return expect(status == Status::bad_expansion, kernel, c, p, "an expansion of NCHW");
+  if (has_operands && layout == Layout::nchw)
+    return expect(status == Status::bad_operand, kernel, c, p, "a gate or residual of NCHW");
   expect(status == Status::ok, kernel, c, p, std::string("validate: ") + describe(status));
   if (status != Status::ok) return;
-  if (p.expand.channels > 0) {
-    test_forward(kernel, c, with_integer_activations(p), true, Tight::end);
-    return test_forward(kernel, c, p, false, Tight::begin);
-  }
   Problem depthwise = p;
   depthwise.out_channels = 0;
   depthwise.activation = Activation::identity;
+  depthwise.residual = false;
   for (const Problem& problem : {p, depthwise}) {
+    if (problem.out_channels == 0 && p.gate) continue;
     test_forward(kernel, c, with_integer_activations(problem), true, Tight::end);
     test_forward(kernel, c, problem, false, Tight::begin);
+    if (p.expand.channels > 0 || has_operands) continue;
     test_backward(kernel, c, with_integer_activations(problem), true, Tight::end);
     test_backward(kernel, c, problem, false, Tight::begin);
   }
@@ -117,7 +119,8 @@ int run(const Options& options) {
     return 1;
   }
   for (const Case& c : cases)
-    if (c.problem.batch > 0 && c.problem.pad_top < c.problem.height && c.problem.expand.channels == 0) {
+    if (c.problem.batch > 0 && c.problem.pad_top < c.problem.height && c.problem.expand.channels == 0 &&
+        !c.problem.gate && !c.problem.residual) {
       test_validate(c.problem);
       break;
     }

@@ -28,7 +28,7 @@ struct Run {
   int64_t channels() const { return p.out_channels > 0 ? p.out_channels : p.channels * p.multiplier; }
   int64_t output_size() const { return p.batch * channels() * out_height(p) * out_width(p); }
 
-  bool forward_on(int threads, const void* input, const Weights& weights, const void* packed, size_t packed_size,
+  bool forward_on(int threads, const Inputs& input, const Weights& weights, const void* packed, size_t packed_size,
                   void* output) const {
     set_num_threads(threads);
     const Executor executor = current_executor();
@@ -72,12 +72,16 @@ struct Run {
     const Weights weights = {depthwise_weight.as(), c.depthwise_bias ? depthwise_bias.as() : nullptr,
                              pointwise_weight.as(), c.bias ? bias.as() : nullptr,
                              expand_weight.as(),    c.bias ? expand_bias.as() : nullptr};
+    // The residual of an expansion is x, as long as no other is named.
+    const Guarded gate = numbers.drawn(p.batch * p.channels), summand = numbers.drawn(output_size());
+    const Inputs inputs(input.as(), p.gate ? gate.as() : nullptr,
+                        p.residual && e.channels == 0 ? summand.as() : nullptr);
     std::vector<double> oracle(static_cast<size_t>(output_size())), magnitude(oracle.size());
-    reference_forward(p, input.as(), weights, oracle.data(), false);
-    reference_forward(p, input.as(), weights, magnitude.data(), true);
+    reference_forward(p, inputs, weights, oracle.data(), false);
+    reference_forward(p, inputs, weights, magnitude.data(), true);
 
     const Guarded output = numbers.unwritten(output_size());
-    expect(forward_on(1, input.as(), weights, nullptr, 0, output.as()), kernel, c, p, "forward_unpacked refused");
+    expect(forward_on(1, inputs, weights, nullptr, 0, output.as()), kernel, c, p, "forward_unpacked refused");
     compare_with_oracle(output.as<T>(), oracle, magnitude);
     if (integers) return;  // whose sums are exact in any order
 
@@ -89,8 +93,8 @@ struct Run {
     for (int threads : {1, 2, 3, 7}) {
       const Guarded again = numbers.unwritten(output_size());
       const bool use_packed = threads != 3;
-      expect(forward_on(threads, input.as(), weights, use_packed ? packed.as() : nullptr, packed_size, again.as()),
-             kernel, c, p, "forward refused");
+      expect(forward_on(threads, inputs, weights, use_packed ? packed.as() : nullptr, packed_size, again.as()), kernel,
+             c, p, "forward refused");
       expect(std::memcmp(output.as(), again.as(), static_cast<size_t>(output_size()) * sizeof(T)) == 0, kernel, c, p,
              std::to_string(threads) + " threads give other bits");
     }
@@ -137,6 +141,27 @@ void test_validate(Problem good) {
     refused("the largest integer", status == Status::empty_output ? status : Status::overflow, with(field, INT64_MAX));
   }
   refused("a kernel larger than the plane", Status::empty_output, with(&Problem::kernel_h, good.height + 9));
+  const auto with_operand = [&](bool Problem::* operand) {
+    Problem p = good;
+    p.layout = Layout::nhwc, p.kernel_h = p.kernel_w = 1;
+    p.*operand = true;
+    return p;
+  };
+  for (auto operand : {&Problem::gate, &Problem::residual}) {
+    refused("a gate or residual", Status::ok, with_operand(operand));
+    Problem p = with_operand(operand);
+    p.layout = Layout::nchw;
+    refused("one of NCHW", Status::bad_operand, p);
+    p = with_operand(operand);
+    p.out_channels = 0;
+    p.activation = Activation::identity;
+    refused("one without a pointwise half", Status::bad_operand, p);
+  }
+  for (auto field : {&Problem::kernel_h, &Problem::kernel_w, &Problem::multiplier}) {
+    Problem p = with_operand(&Problem::gate);
+    p.*field = 2;
+    refused("a gate of more than a factor", Status::bad_operand, p);
+  }
   Problem p = good;
   p.activation = static_cast<Activation>(activation_count);
   refused("an unknown activation", Status::bad_enum, p);
