@@ -26,7 +26,7 @@ from fastsep._check import (
     operands,
     relative_error,
 )
-from fastsep._plan import DEPTHWISE, FUSED, TORCH
+from fastsep._cuda_model import DEPTHWISE, FUSED, TORCH
 
 pytestmark = [
     pytest.mark.cuda,

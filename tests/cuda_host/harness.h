@@ -1,7 +1,9 @@
 // What the tests of the CUDA kernels on the host share: the count of checks, the types, numbers in guarded memory.
 #pragma once
 
+#include <map>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -50,6 +52,11 @@ struct Tensor {
 Tensor drawn(fastsep::Dtype dtype, int64_t count, bool integers, bool wide, std::mt19937& random);
 // All NaN.
 Tensor unwritten(fastsep::Dtype dtype, int64_t count, bool wide);
+
+// tests/cuda_launches.txt: how many kernels a backward pass launches, by the words before the count.
+using Launches = std::map<std::string, int64_t>;
+extern Launches launches;
+extern std::set<std::string> launches_held;  // lines that a pass was held against
 
 void test_shim();
 // All checks of forward() on one case, in the problem's dtype and layout: small integers or reals, addresses aligned to

@@ -13,6 +13,7 @@ namespace cuda_host {
 Order order = Order::forward;
 int multiprocessors = 4;
 std::set<const void*> kernels;
+int64_t launches = 0;
 Thread current = {};
 
 namespace {

@@ -99,6 +99,7 @@ enum class Order { forward, backward };
 extern Order order;                    // in which threads and blocks run
 extern int multiprocessors;            // that the device pretends to have
 extern std::set<const void*> kernels;  // launched so far
+extern int64_t launches;               // and how often
 
 struct Thread {
   dim3 thread, block, block_size, grid;
@@ -171,6 +172,7 @@ template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes, const Params& params, Queue) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   cuda_host::kernels.insert(reinterpret_cast<const void*>(kernel));
+  ++cuda_host::launches;
   return cuda_host::run(grid, threads, shared_bytes, [&] { kernel(params); });
 }
 
