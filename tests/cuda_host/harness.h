@@ -67,5 +67,7 @@ void test_tilings(const Variant& variant);
 // The same of backward(), and with `subsets` every choice of gradients.
 void test_backward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide,
                    bool subsets);
+// Holds a pass of each kind that tests/cuda_launches.txt knows against its line.
+void test_launches(const Variant& variant);
 
 }  // namespace fastsep_tests

@@ -127,6 +127,17 @@ struct Run {
             (bad < 0 ? "" : std::to_string(got.at(bad)) + " for " + std::to_string(oracle[static_cast<size_t>(bad)])));
   }
 
+  // Passes for every choice of gradients, for hold_launches() alone.
+  void launches_of_each() {
+    std::mt19937 random(20240609);
+    const auto draw = [&](int64_t count) { return drawn(p.dtype, count, integers, wide, random); };
+    const Tensor input = draw(size_of(0)), depthwise_weight = draw(size_of(1)), depthwise_bias = draw(size_of(2));
+    const Tensor pointwise_weight = draw(size_of(3)), grad_output = draw(output_size()), saved = draw(output_size());
+    const Weights weights = {depthwise_weight.memory.as(), depthwise_bias.memory.as(), pointwise_weight.memory.as(),
+                             nullptr};
+    for (unsigned wanted = 0; wanted < 1u << parts; ++wanted) gradients_of(wanted, input, weights, saved, grad_output);
+  }
+
   void all() {
     std::mt19937 random(20240608);
     const auto draw = [&](int64_t count) { return drawn(p.dtype, count, integers, wide, random); };
@@ -184,6 +195,23 @@ struct Run {
 
 void test_backward(const Variant& variant, const Case& c, const Problem& p, bool integers, bool wide, bool subsets) {
   Run{variant, c, p, integers, wide, subsets}.all();
+}
+
+void test_launches(const Variant& variant) {
+  Case c = {"launches", {}, true, true};
+  Problem& p = c.problem;
+  p.batch = p.multiplier = 1, p.channels = 3, p.height = p.width = 5, p.out_channels = 4;
+  p.kernel_h = p.kernel_w = 3, p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = 1;
+  p.dtype = variant.dtype, p.layout = Layout::nhwc;
+  for (const int64_t out_channels : {4, 0})
+    for (const Activation mid : {Activation::identity, Activation::silu}) {
+      p.out_channels = out_channels;
+      p.mid_activation = mid;
+      Run{variant, c, p, false, true, false}.launches_of_each();
+    }
+  for (const auto& line : launches)
+    expect(launches_held.count(line.first) != 0,
+           std::string(variant.name) + ": no pass was held against tests/cuda_launches.txt: " + line.first);
 }
 
 }  // namespace fastsep_tests
