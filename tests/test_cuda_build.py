@@ -106,6 +106,41 @@ def test_another_word_is_an_error(tmp_path):
     assert "  FASTSEP_CUDA must be AUTO, ON or OFF, got MAYBE" in lines
 
 
+@needs_cmake
+def test_without_pybind11_its_headers_are_those_of_torch(tmp_path):
+    """Which is what a machine with a GPU and no network may have; compiled, for a module of one line."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "one.cpp").write_text(
+        "#include <pybind11/pybind11.h>\n"
+        'PYBIND11_MODULE(one, m, pybind11::mod_gil_not_used()) { m.def("one", [] { return 1; }); }\n'
+    )
+    (source / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.21)\nproject(one LANGUAGES CXX)\nset(CMAKE_CXX_STANDARD 17)\n"
+        "find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)\n"
+        f"include({ROOT}/cmake/BundledPybind11.cmake)\npybind11_add_module(one MODULE NO_EXTRAS one.cpp)\n"
+    )
+    build = tmp_path / "build"
+    for command in (
+        ["cmake", "-S", source, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"],
+        ["cmake", "--build", build],
+    ):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    program = "import one, torch; print(one.one())"  # beside torch, which has a pybind11 of its own at work
+    result = run(f'python -c "{program}"', PYTHONPATH=str(build))
+    assert result.stdout.split() == ["1"], result.stderr
+
+
+@needs_cmake
+def test_the_project_falls_back_to_them(tmp_path):
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    command += ["-DFASTSEP_CUDA=OFF", "-DCMAKE_DISABLE_FIND_PACKAGE_pybind11=ON"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"-- fastsep: pybind11 [\d.]+ of torch, .*/torch/include\n", result.stdout)
+
+
 # ---- the module
 
 
@@ -170,6 +205,15 @@ def test_a_bad_problem_is_a_value_error(change, message):
             function(problem, False)
     with pytest.raises(ValueError, match=message):
         _cuda.forward(problem, False, *NOTHING, 0, 0, 0, 0)
+
+
+@needs_module
+def test_a_gpu_has_no_fewer_multiprocessors_than_none():
+    from fastsep import _cuda
+
+    _cuda.pretend_multiprocessors(0)
+    with pytest.raises(ValueError, match="count must be at least 0, got -1"):
+        _cuda.pretend_multiprocessors(-1)
 
 
 @needs_module

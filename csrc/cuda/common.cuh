@@ -57,7 +57,8 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared
 
 // Streaming multiprocessors of the queue's device: what a grid has to fill.
 inline int multiprocessors(Queue queue) {
-  int count = 0;
+  int count = queue.multiprocessors;
+  if (count > 0) return count;
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, queue.device) == cudaSuccess ? count : 1;
 }
 #endif
