@@ -58,7 +58,7 @@ def key_of(tensors: Five, stride: Any, padding: Any, dilation: Any, *rest: Any) 
             of_b,
         ),
         *(tuple(stride), tuple(padding), tuple(dilation), *rest, exact, aligned % 16 == 0),
-        torch.backends.cudnn.benchmark,
+        *(torch.backends.cudnn.benchmark, _plan.forced()),
     )
 
 
@@ -76,7 +76,7 @@ def forward_kernel(
     try:
         key = key_of(tensors, *geometry)
         path: ForwardPath | None = _plan.calls.get(key)
-        if path is not None and not _plan.is_forced() and not _ops.VERBOSE:
+        if path is not None and not _ops.VERBOSE:
             return path(tensors)
         return _first_forward(tensors, packed, geometry, key)
     except torch.OutOfMemoryError as error:
@@ -96,7 +96,7 @@ def _first_forward(tensors: Five, packed: Weight, geometry: tuple[Any, ...], key
         return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=format)
     tf32 = input.dtype is torch.float32 and allows_tf32()
     paths = Forward.of(problem, shape, format, tf32).paths(tensors, geometry)
-    asked = Asked(depthwise_bias is not None, bias is not None, aligned=key[-2])
+    asked = Asked(depthwise_bias is not None, bias is not None, aligned=key[-3])
     candidates = {name: partial(path, tensors) for name, path in paths.items()}
     choice = _plan.choose(problem, FORWARD, tf32, asked, input.device.index, candidates)
     _plan.keep(key, choice, paths)
@@ -119,7 +119,7 @@ def backward_kernel(
     try:
         key = key_of(tensors, *geometry, tuple(needed), _kind(grad), _kind(saved))
         path: BackwardPath | None = _plan.calls.get(key)
-        if path is not None and not _plan.is_forced() and not _ops.VERBOSE:
+        if path is not None and not _ops.VERBOSE:
             return path(grad, tensors, saved)
         return _first_backward(grad, tensors, saved, tuple(geometry), tuple(needed), key)
     except torch.OutOfMemoryError as error:
@@ -152,7 +152,7 @@ def _first_backward(
         return _backward.empty_gradients(tensors, format, needed, zeros=True)
     tf32 = input.dtype is torch.float32 and allows_tf32()
     paths = Backward(Forward.of(problem, shape, format, tf32), needed, geometry).paths(tensors)
-    asked = Asked(depthwise_bias is not None, bias is not None, needed, saved is not None, key[-2])
+    asked = Asked(depthwise_bias is not None, bias is not None, needed, saved is not None, key[-3])
     candidates = {name: partial(path, grad, tensors, saved) for name, path in paths.items()}
     choice = _plan.choose(problem, BACKWARD, tf32, asked, input.device.index, candidates)
     _plan.keep(key, choice, paths)

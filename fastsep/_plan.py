@@ -79,8 +79,8 @@ def choose(
     seconds_of: Callable[[Candidates], dict[str, float]] | None = None,
 ) -> Choice:
     """The path for a call."""
-    if _forced and _forced[-1] in candidates:
-        return Choice(_forced[-1], "forced", True)
+    if forced() in candidates:
+        return Choice(forced(), "forced", True)
     key = problem, phase, tf32, asked, device
     known = _choices.get(key)
     if known is not None and known.path not in candidates:  # for which torch has since been told otherwise
@@ -100,13 +100,14 @@ def choose(
     return choice
 
 
-def is_forced() -> bool:
-    return bool(_forced)
+def forced() -> str:
+    """The path that force() asks for; empty where none."""
+    return _forced[-1] if _forced else ""
 
 
 def keep(key: tuple[Any, ...], choice: Choice, paths: Mapping[str, Any]) -> None:
     """Has calls[key] be what was chosen, unless it is to be chosen again."""
-    if _forced or (torch.backends.cudnn.benchmark and not choice.measured):
+    if torch.backends.cudnn.benchmark and not choice.measured:
         return
     if len(calls) >= _MOST_CHOICES:
         calls.clear()

@@ -291,8 +291,6 @@ def test_a_path_that_is_no_longer_there_is_not_taken():
 def test_what_is_kept_is_as_good_as_the_choice(monkeypatch):
     paths = {FUSED: "run"}
     _plan.keep(("a",), _plan.Choice(FUSED, "", measured=False), paths)
-    with _plan.force(FUSED):
-        _plan.keep(("b",), _plan.Choice(FUSED, "forced", measured=True), paths)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     _plan.keep(("c",), _plan.Choice(FUSED, "", measured=False), paths)
     _plan.keep(("d",), _plan.Choice(FUSED, "", measured=True), paths)
