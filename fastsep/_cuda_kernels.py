@@ -29,6 +29,8 @@ from ._cuda_paths import (
 
 T = TypeVar("T")
 
+_benchmark = torch._C._get_cudnn_benchmark  # torch.backends.cudnn.benchmark, without a property's way to it
+
 
 def key_of(tensors: Five, stride: Any, padding: Any, dilation: Any, *rest: Any) -> tuple[Any, ...]:
     """All that tells apart calls which different things may be decided for."""
@@ -58,7 +60,7 @@ def key_of(tensors: Five, stride: Any, padding: Any, dilation: Any, *rest: Any) 
             of_b,
         ),
         *(tuple(stride), tuple(padding), tuple(dilation), *rest, exact, aligned % 16 == 0),
-        *(torch.backends.cudnn.benchmark, _plan.forced()),
+        *(_benchmark(), _plan.forced()),
     )
 
 

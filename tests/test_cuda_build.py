@@ -421,6 +421,11 @@ def test_products_that_torch_does_not_have_or_must_not_use_are_left_out(on_host,
     assert list(candidates(RELU)) == [FUSED, DEPTHWISE, ADDMM, ADDMM_RELU, TORCH]
     monkeypatch.setattr(_cuda_paths, "products_allow_tf32", lambda: not allows_tf32())
     assert list(candidates(RELU)) == [FUSED, DEPTHWISE, TORCH]
+    monkeypatch.setattr(_cuda_paths, "products_allow_tf32", allows_tf32)
+    many = _cuda_paths.Forward.of(
+        RELU.problem, (1 << 15, 7, 1 << 8, 1 << 8), torch.channels_last, allows_tf32()
+    )
+    assert list(many.paths(operands(RELU.tensors()), geometry(RELU))) == [FUSED, DEPTHWISE, TORCH]
 
 
 @pytest.mark.parametrize("swallows", [False, True])
