@@ -432,6 +432,21 @@ def test_autocast_is_that_of_convolutions(dtype):
         assert (got - exact).norm() <= 64 * eps * exact.norm()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_calls_pass_the_dispatcher_by(monkeypatch, autocast):
+    calls = []
+    for module in (_ops, _backward):
+        kernel = module.cuda_kernel
+        monkeypatch.setattr(module, "cuda_kernel", lambda *args, k=kernel: calls.append(k) or k(*args))
+    made, x = layer(LAYER), image().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        y = made(x)
+        with torch.no_grad():
+            assert torch.equal(made(x), y)
+    y.sum().backward()
+    assert len(calls) == 3
+
+
 def test_autocast_uses_the_kernels(capfd, monkeypatch):
     monkeypatch.setattr(_ops, "VERBOSE", True)
     module, x = layer(LAYER), image()

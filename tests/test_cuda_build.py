@@ -637,6 +637,11 @@ def test_the_operators_have_kernels_for_cuda():
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastsep::{operator}", "CUDA")
 
 
+def test_a_call_on_a_gpu_may_pass_the_dispatcher_by():
+    assert _ops.cuda_kernel is _cuda_kernels.forward_kernel
+    assert _backward.cuda_kernel is _cuda_kernels.backward_kernel
+
+
 def test_case_lines_name_their_dtype_to_the_kernels():
     numbers = [
         Case(1, 1, 1, 1, 1, 1, dtype=name).problem[16]
