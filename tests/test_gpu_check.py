@@ -90,7 +90,7 @@ def test_without_a_gpu_nothing_is_measured(tmp_path):
 
 
 def test_the_matrix_is_the_whole_one():
-    cells = list(gpu_matrix.cells(False))
+    cells = gpu_matrix.cells(False)
     assert len({cell.key for cell in cells}) == len(cells)
     layers = {cell.case.name for cell in cells if not cell.kind and cell.case.k}
     assert len(layers) == 9 + 6  # five of MobileNetV1's thirteen are the same
@@ -98,6 +98,13 @@ def test_the_matrix_is_the_whole_one():
     assert len(measured) == 3 * 4 * 2
     assert {cell.case.dtype for cell in cells if cell.dtype == "tf32"} == {"float32"}
     assert (cells[0].case.n, cells[0].dtype, cells[0].phase) == (128, "bfloat16", "forward")
+    first = [(c.case.n, c.dtype, bool(c.case.k)) for c in cells[: 15 * (2 * 2 + 2 * 2)]]
+    assert set(first) == {
+        *((128, "bfloat16", True), (1, "bfloat16", True), (128, "bfloat16", False), (128, "float32", False))
+    }
+    compiled = {(c.case.n, c.dtype, c.phase, c.kind) for c in cells if c.kind}
+    assert len(compiled) == 3 * 4 * 2 * 2
+    assert all(cell.kind for cell in cells[-15 * len(compiled) :])
 
 
 @pytest.mark.parametrize(
