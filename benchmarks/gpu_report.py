@@ -262,6 +262,8 @@ def text(result: dict) -> str:
     """Of result.json."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     parts = [f"{result['device']}, {versions}, {result['commit']}"]
+    if result["dry_run"]:
+        parts[0] = f"A dry run, of tiny layers on the CPU: no figure here says anything.\n{parts[0]}"
     parts.append("\n".join(f"{name}: {state}" for name, state in result["stages"].items()))
     goals = [(goal["what"], goal["least"], goal["found"], goal["verdict"]) for goal in result["targets"]]
     parts.append(table(("target", "at least", "found", ""), goals))

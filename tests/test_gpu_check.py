@@ -48,6 +48,7 @@ def test_a_dry_run_and_another(tmp_path):
     assert "addmm nhwc" in forward["seconds"]
     assert all(target["verdict"] == "not measured" for target in found["targets"])
     table = (tmp_path / "table.txt").read_text(encoding="utf-8")
+    assert table.startswith("A dry run, ")
     assert "not 3 % slower than torch: " in table
     assert "forward, bfloat16, batch 128: mean speedup" in table
 
@@ -214,7 +215,8 @@ def test_what_is_three_percent_slower_than_torch_is_named():
         (pytest.approx(1.04), "block2 batch 128 bfloat16 forward"),
     ]
     result = {
-        "device": "a GPU", "versions": {"torch": "3"}, "commit": "abc", "stages": {"build": "passed, 1 s"},
+        "dry_run": False, "device": "a GPU", "versions": {"torch": "3"}, "commit": "abc",
+        "stages": {"build": "passed, 1 s"},
         "targets": [target.as_json() for target in gpu_report.targets(rows)], "held_against_torch": held,
         "slower_than_torch": found, "summary": gpu_report.summary(rows),
         "rows": [*rows, {"key": "a", "error": "b"}],
