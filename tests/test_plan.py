@@ -108,16 +108,18 @@ def test_the_model_has_a_step_for_each_kernel_that_is_launched():
 
 
 def test_the_model_counts_what_the_backward_pass_moves():
-    """By hand, in passes over x, u and y, which are of one size; weights and their parts are little."""
+    """By hand, in passes over x, u and y, which are of one size; weights are little, their parts are not."""
     size = 2 * 32 * 56 * 56 * 128
     needed = (True,) * 5
     launches = _cuda_model.own_backward(LAYER.problem, needed)
     # dv, which is two tensors, for each of two products; x for z and for the weights, and dx; z written and
     # read twice, dt written, read for dx and for the weights.
-    assert sum(step.bytes for step in launches) / size == pytest.approx(4 + 3 + 6, rel=0.06)
+    parts = 4 * _cuda_model._weight_parts(LAYER.problem) * 128 * (128 + 1)
+    passes = 4 + 3 + 6
+    assert sum(step.bytes for step in launches) == pytest.approx(passes * size + 2 * parts, rel=1e-3)
     assert sum(step.matrix for step in launches) == 2 * 2 * 32 * 56 * 56 * 128 * 128
     again = _cuda_model.steps(LAYER.problem, BACKWARD, FUSED, Asked(saved=False))
-    assert [step.kind for step in again[:2]] == ["fused", "elementwise"]
+    assert [step.kind for step in again[:2]] == ["fused", "depthwise"]
     assert again[1:] == _cuda_model.steps(LAYER.problem, BACKWARD, FUSED)
 
 
