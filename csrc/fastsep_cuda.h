@@ -14,13 +14,10 @@
 namespace fastsep {
 namespace cuda {
 
-// Where to run: device is CUDA's index of it, and the device must be current; stream is a cudaStream_t of it. Tilings
-// are chosen as for so many multiprocessors, 0 for those of the device; with another number a test reaches each with
-// little.
+// Where to run: device is CUDA's index of it, and the device must be current; stream is a cudaStream_t of it.
 struct Queue {
   int device;
   void* stream;
-  int multiprocessors = 0;
 };
 
 struct Options {

@@ -64,8 +64,7 @@ __device__ __forceinline__ void check_aligned(const void*, size_t) {}
 
 // Streaming multiprocessors of the queue's device: what a grid has to fill.
 inline int multiprocessors(Queue queue) {
-  int count = queue.multiprocessors;
-  if (count > 0) return count;
+  int count = 0;
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, queue.device) == cudaSuccess ? count : 1;
 }
 #endif
