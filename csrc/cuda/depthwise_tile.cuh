@@ -133,11 +133,10 @@ struct PixelSource {
   }
 };
 
-// NCHW: one number of a plane of which some rows lie in shared memory, already in fp32: from row `low` on, at `rows`.
-// Rows are counted from there, because a plane may have more numbers than 32 bits count.
+// NCHW: one number of a plane whose rows lie in shared memory, already in fp32; `plane` points to where row 0 would be.
 struct PlaneSource {
-  const float* rows;
-  int low, height, width;
+  const float* plane;
+  int height, width;
   int y, x, step_h, step_w;
   bool inside = false;
   const float* row_start = nullptr;
@@ -145,7 +144,7 @@ struct PlaneSource {
   __device__ __forceinline__ void row(int r) {
     const int at = y + r * step_h;
     inside = static_cast<unsigned>(at) < static_cast<unsigned>(height);
-    row_start = rows + (inside ? at - low : 0) * width;
+    row_start = plane + at * width;
   }
   __device__ __forceinline__ void load(int column, float (&to)[1]) const {
     const int at = x + column * step_w;

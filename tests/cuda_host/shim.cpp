@@ -12,8 +12,7 @@ namespace cuda_host {
 
 Order order = Order::forward;
 int multiprocessors = 4;
-int64_t enough_blocks = 264;
-std::set<std::pair<const void*, int>> kernels;
+std::set<const void*> kernels;
 Thread current = {};
 
 namespace {
