@@ -52,8 +52,8 @@ struct Vec<float> {
   static Reg sub(Reg a, Reg b) { return vsubq_f32(a, b); }
   static Reg mul(Reg a, Reg b) { return vmulq_f32(a, b); }
   static Reg div(Reg a, Reg b) { return vdivq_f32(a, b); }
-  // As vfmaq_f32 and vfmaq_laneq_f32, of which GCC makes copies: 23 in the two rows of 3 x 3, 10 in the product's loop of
-  // 7 x 2, for 56 FMAs.
+  // As vfmaq_f32 and vfmaq_laneq_f32, of which GCC makes copies: 23 in the two rows of 3 x 3, 10 in the product's loop
+  // of 7 x 2, for 56 FMAs.
   static Reg fma(Reg a, Reg b, Reg c) {
     asm("fmla %0.4s, %1.4s, %2.4s" : "+w"(c) : "w"(a), "w"(b));
     return c;
