@@ -6,7 +6,9 @@
 
 A cell is a layer, a batch, a dtype and a phase; in it all contenders take turns, in both layouts: fastsep as
 it comes, its paths by themselves, torch's two convolutions, plain loops over the taps, torch.compile. At
-batch 1 also from a CUDA graph. --dry-run measures tiny layers on the CPU, to show that all of it runs.
+batch 1 also from a CUDA graph. With --hopper, in a process of their own, the two fused forward kernels that
+there are for compute capability 9.0, and nothing else. --dry-run measures tiny layers on the CPU, to show
+that all of it runs.
 """
 
 import argparse
@@ -51,7 +53,7 @@ class Cell:
     case: Case  # of float32 where dtype is tf32
     dtype: str
     phase: str
-    kind: str = ""  # "" or "compile", which takes seconds to make
+    kind: str = ""  # "", "compile", which takes seconds to make, or "hopper"
 
     @property
     def key(self) -> str:
@@ -81,6 +83,15 @@ def cells(dry_run: bool) -> Iterator[Cell]:
             (128, 1), ("forward", "training"), dtypes[:2], layers
         ):
             yield Cell(sized(case, batch, dtype), dtype, phase, "compile")
+
+
+def hopper_cells() -> Iterator[Cell]:
+    """Where the kernel for compute capability 9.0 is there, its own comparison with the portable one."""
+    layers = [*distinct(load("mobilenet_v1").layers), *load("gpu").layers]
+    for batch, dtype, case in itertools.product(BATCHES, ("bfloat16", "float16"), layers):
+        case = replace(case, n=batch, dtype=dtype, layout="nhwc")
+        if _native.cuda.has_hopper_kernel(case.problem, 0):
+            yield Cell(case, dtype, _plan.FORWARD, "hopper")
 
 
 class FromGraph(Contender):
@@ -147,6 +158,14 @@ def subjects_of(cell: Cell, device: str, stack: ExitStack) -> tuple[dict[str, Co
         task = Task(
             (case := replace(cell.case, layout=layout)), cell.phase, device, 1, case.tensors(device=device)
         )
+        if cell.kind == "hopper":
+            if layout == "nhwc":
+                found = contenders.build(task, [], stack)
+                for path in (_plan.FUSED, _plan.HOPPER):
+                    with _plan.force(path):
+                        contenders.verify(task, {name: found[name] for name in ("fastsep", "torch nchw")})
+                    made[f"{path} {layout}"] = ByPath(found["fastsep"].contender, path)
+            continue
         if cell.kind == "compile":
             if layout == "nhwc":
                 made["compile"] = contenders.build(task, ["compile"], stack)["compile"].contender
@@ -241,7 +260,8 @@ def measure(arguments: argparse.Namespace) -> int:
     begin, folder = time.monotonic(), arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     done = {row["key"] for row in rows_of(folder) if "seconds" in row}
-    open_cells = [cell for cell in cells(arguments.dry_run) if cell.key not in done]
+    all_cells = list(hopper_cells() if arguments.hopper else cells(arguments.dry_run))
+    open_cells = [cell for cell in all_cells if cell.key not in done]
     if not open_cells:
         return 0
     isa = "" if device == "cuda" else _native.core.best_isa()
@@ -267,7 +287,7 @@ def measure(arguments: argparse.Namespace) -> int:
             if device == "cuda":
                 torch.cuda.empty_cache()
     rows = rows_of(folder)
-    left = len(list(cells(arguments.dry_run))) - len({row["key"] for row in rows})
+    left = len({cell.key for cell in all_cells} - {row["key"] for row in rows})
     print(f"{len(rows)} cells measured, {left} left")
     return 1 if failed else (UNFINISHED if left else 0)
 
@@ -289,8 +309,11 @@ def factors(rows: list[dict]) -> dict[str, float]:
     ratios: dict[str, list[float]] = {}
     for row in rows:
         case, tf32 = parse_case(row["case"]), row["dtype"] == "tf32"
-        for layout, path in itertools.product(LAYOUTS, (*PATHS, _plan.TORCH)):
+        own = row["key"].endswith(" hopper")  # where the portable kernel is only compared with
+        for layout, path in itertools.product(LAYOUTS, (*PATHS, _plan.TORCH, _plan.HOPPER)):
             name = f"{path} {layout}"
+            if (path == _plan.HOPPER) != own:
+                continue
             if name not in row["seconds"] or row["phase"] not in ("forward", "training"):
                 continue
             problem, seconds = replace(case, layout=layout).problem, row["seconds"][name][1]
@@ -439,6 +462,7 @@ def main() -> int:
                 "--seconds", type=float, default=200.0, help="to go on for (default: %(default)s)"
             )
             command.add_argument("--seconds-each", type=float, default=0.0, help="for a cell, at least")
+            command.add_argument("--hopper", action="store_true", help="the kernel for 9.0 alone")
     arguments = parser.parse_args()
     if not arguments.dry_run and not torch.cuda.is_available():
         print("gpu_matrix: torch finds no GPU here; --dry-run runs on the CPU", file=sys.stderr)

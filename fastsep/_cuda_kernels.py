@@ -17,7 +17,7 @@ from torch import Tensor
 from . import _backward, _native, _ops, _plan
 from ._activations import ACTIVATIONS, IN_PLACE
 from ._ops import address, dense_weights
-from ._plan import BACKWARD, DEPTHWISE, FORWARD, FUSED, TORCH, Problem
+from ._plan import BACKWARD, DEPTHWISE, FORWARD, FUSED, HOPPER, TORCH, Problem
 
 T = TypeVar("T")
 Weight = Tensor | None
@@ -66,16 +66,22 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def native_forward(
-    tensors: Five, problem: Problem, shape: Sequence[int], format: torch.memory_format, tf32: bool
+    tensors: Five,
+    problem: Problem,
+    shape: Sequence[int],
+    format: torch.memory_format,
+    tf32: bool,
+    path: str = FUSED,
 ) -> Tensor:
     cuda: Any = _native.cuda
+    forward = cuda.forward_hopper if path == HOPPER else cuda.forward
     input, device = tensors[0].contiguous(memory_format=format), tensors[0].device
     output = torch.empty(shape, dtype=input.dtype, device=device, memory_format=format)
     # Named, so that a dense copy lives until all is queued.
     dw, pw, db, b = dense_weights(*tensors[1:])
     size = cuda.forward_workspace_bytes(problem, tf32)
     workspace = workspace_of(size, device)
-    cuda.forward(
+    forward(
         *(problem, tf32, input.data_ptr(), address(dw), address(db), address(pw), address(b)),
         *(output.data_ptr(), address(workspace), size, device.index, stream_of(device)),
     )
@@ -136,10 +142,17 @@ def forward_kernel(
             FUSED: partial(native_forward, tensors, problem, shape, format, tf32),
             DEPTHWISE: partial(_depthwise_then_torch, tensors, problem, shape, format, tf32, geometry[-1]),
         }
+        if has_hopper_path(problem, tf32, input.device.index):
+            paths[HOPPER] = partial(native_forward, tensors, problem, shape, format, tf32, HOPPER)
     paths[TORCH] = lambda: compose_in_place(tensors, geometry).contiguous(memory_format=format)
     variant = depthwise_bias is not None, bias is not None
     choice = _plan.choose(problem, FORWARD, tf32, variant, input.device.index, paths)
     return reported(paths[choice.path], choice, tensors, geometry)
+
+
+def has_hopper_path(problem: Problem, tf32: bool, device: int) -> bool:
+    cuda: Any = _native.cuda
+    return _plan.admitted(problem, FORWARD, HOPPER, tf32, device) and cuda.has_hopper_kernel(problem, device)
 
 
 def _depthwise_then_torch(

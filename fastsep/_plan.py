@@ -1,5 +1,5 @@
-"""On a GPU, which path computes a call: the fused kernel, the depthwise kernel with torch's pointwise
-convolution behind it, or torch's operators alone.
+"""On a GPU, which path computes a call: the fused kernel, its like for compute capability 9.0, the depthwise
+kernel with torch's pointwise convolution behind it, or torch's operators alone.
 
 A model counts bytes, operations and launches of each path against what the GPU can do at most. What was
 measured corrects it: cuda_factors.json, for GPUs that are in it; and where torch.backends.cudnn.benchmark is
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,15 +20,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-FUSED, DEPTHWISE, TORCH = "fused", "depthwise", "torch"
+FUSED, HOPPER, DEPTHWISE, TORCH = "fused", "hopper", "depthwise", "torch"
 FORWARD, BACKWARD = "forward", "backward"
 
 Problem = tuple[int, ...]  # the 20 integers of _core.pyi
 _ITEM_BYTES = {0: 4, 2: 2, 3: 2}
 _DTYPE_NAMES = {0: "float32", 2: "float16", 3: "bfloat16"}
 
-# Output channels of a tile of the fused kernel: for each, the depthwise half is computed again.
-_TILE_CHANNELS = 128
+# Output channels of a tile of the fused kernels: for each, the depthwise half is computed again.
+_TILE_CHANNELS = {FUSED: 128, HOPPER: 256}
+_HOPPER_TILE_PIXELS = 128  # a block has a multiprocessor to itself
+
+# The path that the environment names, for tests; where a call does not have it, nothing changes.
+NAMED = os.environ.get("FASTSEP_CUDA_KERNEL", "")
+if NAMED not in ("", FUSED, HOPPER, DEPTHWISE, TORCH):
+    raise ValueError(f"FASTSEP_CUDA_KERNEL must be fused, hopper, depthwise or torch, got {NAMED}")
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Share(NamedTuple):
 # 2 to 30 % of the bandwidth; of the kernels here after what their instructions allow.
 _SHARES = {
     "fused": Share(0.75, 0.4),
+    "hopper": Share(0.75, 0.5),  # FMAs and products at the same time
     "depthwise": Share(0.8, 0.4),
     "fused backward": Share(0.6, 0.3),
     "depthwise backward": Share(0.7, 0.3),
@@ -142,9 +150,9 @@ def steps(problem: Problem, phase: str, path: str) -> list[Step]:
     uneven = problem[12] != problem[13] or problem[14] != problem[15]
     own = path != TORCH
     if phase == FORWARD:
-        if path == FUSED:
-            again = math.ceil(problem[4] / _TILE_CHANNELS)
-            return [Step("fused", x + y + weights, depthwise * again, pointwise)]
+        if path in _TILE_CHANNELS:
+            again = math.ceil(problem[4] / _TILE_CHANNELS[path])
+            return [Step(path, x + y + weights, depthwise * again, pointwise)]
         made = [Step("depthwise" if own else "torch depthwise", x + u + weights, depthwise)]
         if not own:
             made += [Step("elementwise", 2 * x)] * uneven + [Step("elementwise", 2 * u)] * mid
@@ -153,7 +161,7 @@ def steps(problem: Problem, phase: str, path: str) -> list[Step]:
         return made
     if path == FUSED:
         # The gradient of the depthwise output, then of x and its weights; of the pointwise weights; sums.
-        again = math.ceil(problem[4] / _TILE_CHANNELS)
+        again = math.ceil(problem[4] / _TILE_CHANNELS[FUSED])
         return [
             Step("fused backward", 2 * x + 2 * y + weights, 3 * depthwise, pointwise),
             Step("fused backward", x + 2 * y + weights, again * depthwise, pointwise),
@@ -188,7 +196,30 @@ def modelled(problem: Problem, phase: str, path: str, gpu: Gpu, tf32: bool) -> f
     products = gpu.fma
     if problem[16] != 0 or tf32:
         products = gpu.matrix / (2 if problem[16] == 0 else 1)
-    return sum(step.seconds(gpu, products) for step in steps(problem, phase, path))
+    seconds = sum(step.seconds(gpu, products) for step in steps(problem, phase, path))
+    if path != HOPPER:
+        return seconds
+    # Large tiles: the last ones may leave most of the GPU idle.
+    pixels = sizes(problem).pointwise / (2.0 * problem[1] * problem[5] * problem[4])
+    tiles = math.ceil(pixels / _HOPPER_TILE_PIXELS) * math.ceil(problem[4] / _TILE_CHANNELS[HOPPER])
+    rounds = math.ceil(tiles / gpu.multiprocessors)
+    return (seconds - LAUNCH) * rounds * gpu.multiprocessors / tiles + LAUNCH
+
+
+def admitted(
+    problem: Problem,
+    phase: str,
+    path: str,
+    tf32: bool,
+    device: int,
+    gpu_of: Callable[[int], Gpu] | None = None,
+) -> bool:
+    """Whether a path that not every GPU was tried with may be taken: measured on such a one, or named."""
+    if path == (_forced[-1] if _forced else NAMED):
+        return True
+    key = factor_key(problem, phase, path, tf32)
+    known = [name for name, measured in factors().items() if key in measured]
+    return bool(known) and (gpu_of or Gpu.of)(device).name in known
 
 
 def predicted(problem: Problem, phase: str, path: str, gpu: Gpu, tf32: bool) -> float:
@@ -231,8 +262,9 @@ def choose(
     seconds_of: Callable[[Candidates], dict[str, float]] | None = None,
 ) -> Choice:
     """The path for a call; `variant` tells apart calls of one problem that take different time."""
-    if _forced and _forced[-1] in candidates:
-        return Choice(_forced[-1], "forced", True)
+    named = _forced[-1] if _forced else NAMED
+    if named in candidates:
+        return Choice(named, "forced", True)
     key = problem, phase, tf32, variant, device
     known = _choices.get(key)
     if known is not None and (known.measured or not torch.backends.cudnn.benchmark):

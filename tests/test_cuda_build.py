@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ from fastsep._check import (
     oracle_backward,
     relative_error,
 )
-from fastsep._plan import DEPTHWISE, FUSED, TORCH
+from fastsep._plan import DEPTHWISE, FUSED, HOPPER, TORCH
 
 built = importlib.util.find_spec("fastsep._cuda") is not None
 needs_module = pytest.mark.skipif(not built, reason="the module _cuda was not built")
@@ -257,6 +258,13 @@ class OnHost:
         self.calls.append("forward" if problem[4] else "depthwise forward")
         _native.core.forward(problem, "", x, dw, db, pw, b, output)
 
+    def has_hopper_kernel(self, problem, device):
+        return problem[1] % 8 == 0
+
+    def forward_hopper(self, *arguments):
+        self.forward(*arguments)
+        self.calls[-1] = "forward hopper"
+
     def backward_workspace_bytes(self, problem, tf32, *asked):
         assert any(asked)
         return 0
@@ -308,6 +316,18 @@ def test_every_path_forward(on_host, case, part, layout):
         assert got.is_contiguous(memory_format=case_format(case))
     expected = ["forward", "depthwise forward"] if case.k else ["depthwise forward"]
     assert on_host.calls[: len(expected)] == (expected if case.n not in (0, 33) else [])
+
+
+@pytest.mark.parametrize(("channels", "calls"), [(16, ["forward hopper"]), (12, [])])
+def test_the_hopper_kernel_runs_where_it_is_asked_for(on_host, channels, calls):
+    """And where there is one. It was measured nowhere, so the model does not take it by itself."""
+    case = replace(BY_NAME["padded_3x3"], c=channels, layout="nhwc")
+    tensors = case.tensors()
+    for path in (HOPPER, None):
+        with _plan.force(path) if path else nullcontext():
+            got = _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case))
+        torch.testing.assert_close(got, oracle(case, tensors).float(), rtol=1e-4, atol=1e-4)
+        assert [name for name in on_host.calls if "hopper" in name] == calls
 
 
 @every_case

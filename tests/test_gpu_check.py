@@ -121,17 +121,20 @@ def test_factors_are_those_that_the_planner_reads(monkeypatch):
     rows = [
         row("block1 batch 128 bfloat16 forward", "forward", {"fused nhwc": 1e-3, "torch nhwc": 2e-3}),
         row("block1 batch 128 bfloat16 training", "training", {"fused nhwc": 4e-3}),
+        row("block1 batch 128 bfloat16 forward hopper", "forward", {"fused nhwc": 9e-3, "hopper nhwc": 5e-4}),
     ]
     found = gpu_matrix.factors(rows)
     assert list(found) == [
         "backward fused bfloat16 nhwc",
         "forward fused bfloat16 nhwc",
+        "forward hopper bfloat16 nhwc",
         "forward torch bfloat16 nhwc",
     ]
     problem = gpu_matrix.replace(gpu_matrix.parse_case(rows[0]["case"]), layout="nhwc").problem
     monkeypatch.setattr(_plan, "factors", lambda: {"test": found})
     for phase, path, seconds in (
         ("forward", "fused", 1e-3),
+        ("forward", "hopper", 5e-4),
         ("forward", "torch", 2e-3),
         ("backward", "fused", 3e-3),
     ):

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import CASES
+from commands import run
 
 from fastsep import _plan
-from fastsep._plan import BACKWARD, DEPTHWISE, FORWARD, FUSED, TORCH, Gpu
+from fastsep._plan import BACKWARD, DEPTHWISE, FORWARD, FUSED, HOPPER, TORCH, Gpu
 from fastsep.bench.layers import load
 
 # In round numbers.
@@ -114,7 +115,7 @@ def test_the_shipped_factors_are_measured_ones():
         for key, factor in found.items():
             phase, path, dtype, layout = key.split()
             assert phase in (FORWARD, BACKWARD)
-            assert path in WHOLE
+            assert path in (*WHOLE, HOPPER)
             assert dtype in ("float32", "tf32", "float16", "bfloat16")
             assert layout in ("nchw", "nhwc")
             assert 0.01 < factor < 100
@@ -174,6 +175,65 @@ def test_a_path_can_be_forced():
         with _plan.force(FUSED):
             assert choose(candidates=HALF).path in HALF  # which has no such path
     assert choose().why != "forced"
+
+
+def test_the_environment_names_a_path(monkeypatch):
+    monkeypatch.setattr(_plan, "NAMED", DEPTHWISE)
+    assert choose() == (DEPTHWISE, "forced", True)
+    with _plan.force(TORCH):
+        assert choose().path == TORCH
+    monkeypatch.setattr(_plan, "NAMED", HOPPER)
+    assert choose().why != "forced"  # a call without it
+
+
+def test_a_path_that_there_is_not_is_refused():
+    result = run('python -c "import fastsep._plan"', FASTSEP_CUDA_KERNEL="ampere")
+    assert result.returncode != 0
+    assert (
+        "ValueError: FASTSEP_CUDA_KERNEL must be fused, hopper, depthwise or torch, got ampere"
+        in result.stderr
+    )
+
+
+MIDDLE = replace(load("mobilenet_v1").layers[7], n=128, dtype="bfloat16", layout="nhwc")
+
+
+def admitted(gpu=GPU, phase=FORWARD):
+    return _plan.admitted(MIDDLE.problem, phase, HOPPER, False, 0, gpu_of=lambda device: gpu)
+
+
+def test_the_hopper_kernel_is_taken_where_it_was_measured_alone(monkeypatch):
+    assert not admitted()
+    monkeypatch.setattr(_plan, "factors", lambda: {"test": {"forward fused bfloat16 nhwc": 1.0}})
+    assert not admitted()
+    monkeypatch.setattr(_plan, "factors", lambda: {"test": {"forward hopper bfloat16 nhwc": 1.0}})
+    assert admitted()
+    assert not admitted(phase=BACKWARD)
+    assert not admitted(gpu=replace(GPU, name="another"))
+
+
+def test_the_hopper_kernel_is_taken_where_it_is_named(monkeypatch):
+    with _plan.force(HOPPER):
+        assert admitted()
+    monkeypatch.setattr(_plan, "NAMED", HOPPER)
+    assert admitted()
+    with _plan.force(FUSED):
+        assert not admitted()
+
+
+def test_the_hopper_kernel_is_for_large_products():
+    """There it makes the depthwise half half as often; small ones leave most of its large tiles' GPU idle."""
+    fused, own = (_plan.steps(MIDDLE.problem, FORWARD, path) for path in (FUSED, HOPPER))
+    assert (MIDDLE.c, MIDDLE.k) == (512, 512)
+    assert own[0].fma == fused[0].fma / 2
+    assert (own[0].bytes, own[0].matrix) == (fused[0].bytes, fused[0].matrix)
+    one = replace(MIDDLE, n=1).problem
+    few, many = (
+        [_plan.modelled(problem, FORWARD, path, GPU, False) for path in (FUSED, HOPPER)]
+        for problem in (one, MIDDLE.problem)
+    )
+    assert few[0] < few[1]
+    assert many[0] > many[1]
 
 
 def test_what_is_remembered_has_an_end(monkeypatch):

@@ -52,11 +52,15 @@ Tensor drawn(fastsep::Dtype dtype, int64_t count, bool integers, bool wide, std:
 Tensor unwritten(fastsep::Dtype dtype, int64_t count, bool wide);
 
 void test_shim();
+void test_hopper_instructions();
 // All checks of forward() on one case, in the problem's dtype and layout: small integers or reals, addresses aligned to
 // 16 bytes or to one element only.
-void test_forward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide);
+void test_forward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide,
+                  fastsep::cuda::ForwardKernel kernel = fastsep::cuda::ForwardKernel::portable);
 // Larger problems, for the tilings that the table's small ones do not take; and that in all, every fused kernel ran.
 void test_tilings(const Variant& variant);
+// The kernel of sm_90a, on layers of its own.
+void test_hopper(const Variant& variant);
 // The same of backward(), and with `subsets` every choice of gradients.
 void test_backward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide,
                    bool subsets);

@@ -105,6 +105,8 @@ void run_case(const Variant& variant, const Case& c, size_t index) {
         if (variant.tf32 && problem.out_channels == 0) continue;  // no product: the kernels of f32
         const Problem exact = with_integer_activations(problem);
         test_forward(variant, c, integers ? exact : problem, integers, wide);
+        if (cuda::has_hopper_kernel(problem, 0))
+          test_forward(variant, c, integers ? exact : problem, integers, true, cuda::ForwardKernel::hopper);
         // Half of the backward runs: each case has integers in one layout and reals in the other.
         if ((index + (layout == Layout::nhwc) + integers) % 2 == 0 || index % 16 == 0)
           test_backward(variant, c, integers ? exact : problem, integers, wide, index % 16 == 0);
@@ -118,6 +120,7 @@ int run(const std::vector<std::string>& paths) {
   for (const std::string& path : paths)
     for (const Case& c : read_cases(path)) cases.push_back(c);
   test_shim();
+  test_hopper_instructions();
   // The types side by side, each in a process of its own: the shim knows one thread.
   std::vector<pid_t> children;
   for (const Variant& variant : variants) {
@@ -127,6 +130,7 @@ int run(const std::vector<std::string>& paths) {
     const auto begin = std::chrono::steady_clock::now();
     for (size_t i = 0; i < cases.size(); ++i) run_case(variant, cases[i], i);
     test_tilings(variant);
+    test_hopper(variant);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
     std::cout << variant.name << ": " << cases.size() << " cases, " << tally.checks << " checks, " << tally.failures
               << " failed, " << seconds.count() << " s" << std::endl;
