@@ -44,7 +44,8 @@ Outcome forward(const Problem& problem, Options options, const void* input, cons
                 void* workspace, size_t workspace_size, Queue queue);
 
 // Whether ForwardKernel::hopper is there for a problem on a device, which must be current: channels-last f16 or bf16, a
-// 3 x 3 kernel of stride 1, multiples of 8 channels. Addresses have to be aligned to 16 bytes too.
+// 3 x 3 kernel of stride 1, multiples of 8 channels, an `activation` without exp or a division. Addresses have to
+// be aligned to 16 bytes too.
 bool has_hopper_kernel(const Problem& problem, int device);
 
 // As fastsep::backward(): `saved` is y where derivative_from_output(activation), else v, and not read for the identity;

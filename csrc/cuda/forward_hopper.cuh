@@ -129,8 +129,7 @@ struct Walk {
 
 // Of a tile's first output: row through the batch, column, output channel.
 struct Place {
-  int64_t row;
-  int x, k;
+  int row, x, k;
 };
 
 __device__ __forceinline__ Place place_of(const Forward& p, unsigned tile) {
@@ -138,7 +137,7 @@ __device__ __forceinline__ Place place_of(const Forward& p, unsigned tile) {
   at.k = static_cast<int>(tile % static_cast<unsigned>(p.tiles_k)) * columns;
   tile /= static_cast<unsigned>(p.tiles_k);
   at.x = static_cast<int>(tile % static_cast<unsigned>(p.tiles_x)) * p.tile_w;
-  at.row = static_cast<int64_t>(tile / static_cast<unsigned>(p.tiles_x)) * p.tile_rows;
+  at.row = static_cast<int>(tile / static_cast<unsigned>(p.tiles_x)) * p.tile_rows;
   return at;
 }
 
@@ -161,7 +160,7 @@ __device__ __forceinline__ uint32_t pack(__nv_bfloat16, float x, float y) {
 
 __device__ __forceinline__ void fill_tables(const Forward& p, const Shared& shared, unsigned tile, int set) {
   const Place at = place_of(p, tile);
-  const int image = static_cast<int>(at.row / p.out_height), y = static_cast<int>(at.row % p.out_height);
+  const int image = at.row / p.out_height, y = at.row % p.out_height;
   const int padded = p.out_height + 2;  // rows of an image in the stack
   int* halo = shared.halo(p, set);
   for (int i = this_thread(); i < p.halo_pixels; i += producers) {
@@ -171,8 +170,7 @@ __device__ __forceinline__ void fill_tables(const Forward& p, const Shared& shar
     const bool inside = of_image < p.batch && in_y >= 0 && in_y < p.height && in_x >= 0 && in_x < p.width;
     halo[i] = inside ? (of_image * p.height + in_y) * p.width + in_x : -1;
   }
-  const int64_t left = static_cast<int64_t>(p.batch) * p.out_height - at.row;
-  const int tile_rows = left < p.tile_rows ? static_cast<int>(left) : p.tile_rows;
+  const int tile_rows = min(p.tile_rows, p.batch * p.out_height - at.row);
   const int tile_w = min(p.tile_w, p.out_width - at.x), halo_rows = p.halo_pixels / p.halo_w;
   // Pairs of rows begin anew with each image: the first one has what is left of it.
   const int first_rows = min(tile_rows, p.out_height - y);
@@ -349,16 +347,38 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&words)[4], int lane) {
 
 // Where this thread's two rows of the tile begin in the output; -1 for none.
 __device__ __forceinline__ int64_t offset_of_row(const Forward& p, const Place& at, int row) {
-  const int64_t y = at.row + row / p.tile_w;
-  const int x = at.x + row % p.tile_w;
-  const bool inside =
-      row / p.tile_w < p.tile_rows && y < static_cast<int64_t>(p.batch) * p.out_height && x < p.out_width;
-  return inside ? (y * p.out_width + x) * p.out_channels : -1;
+  const int y = at.row + row / p.tile_w, x = at.x + row % p.tile_w;
+  const bool inside = row / p.tile_w < p.tile_rows && y < p.batch * p.out_height && x < p.out_width;
+  return inside ? (static_cast<int64_t>(y) * p.out_width + x) * p.out_channels : -1;
+}
+
+// The activations of an output: those without exp, its kin or a division, as the code of each stands here once for each
+// of 128 sums.
+__host__ __device__ inline bool is_simple(Activation activation) {
+  return activation == Activation::identity || activation == Activation::relu || activation == Activation::relu6 ||
+         activation == Activation::leaky_relu;
+}
+
+template <Activation activation, int count>
+__device__ __forceinline__ void activate_as(float (&values)[count]) {
+#pragma unroll
+  for (int i = 0; i < count; ++i) values[i] = activate_one(activation, values[i]);
+}
+
+template <int count>
+__device__ __forceinline__ void activate_simple(Activation activation, float (&values)[count]) {
+  switch (activation) {
+    case Activation::relu: return activate_as<Activation::relu>(values);
+    case Activation::relu6: return activate_as<Activation::relu6>(values);
+    case Activation::leaky_relu: return activate_as<Activation::leaky_relu>(values);
+    default: return;  // the identity
+  }
 }
 
 // Four blocks of 8 columns at a time: a lane has two neighbouring ones of each, and gets all of one, to store 16 bytes.
 template <class T>
-__device__ __forceinline__ void write_output(const Forward& p, const Place& at, const float (&sums)[128], int thread) {
+__device__ __forceinline__ void write_output(const Forward& p, const Place& at, const float (&sums)[128]) {
+  const int thread = this_thread() - producers;
   const int lane = thread % warp_size, first_row = thread / warp_size * 16 + lane / 4;
   const T* biases = static_cast<const T*>(p.bias);
   T* output = static_cast<T*>(p.output);
@@ -380,7 +400,7 @@ __device__ __forceinline__ void write_output(const Forward& p, const Place& at, 
         for (int i = 0; i < 4; ++i) values[4 * j + i] += bias[i % 2];
       }
     }
-    activate(p.activation, values);
+    activate_simple(p.activation, values);
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
       uint32_t words[4];
@@ -398,11 +418,11 @@ __device__ __forceinline__ void write_output(const Forward& p, const Place& at, 
 
 template <class T>
 __device__ __forceinline__ void consume(const Forward& p, const Shared& shared) {
-  const int thread = this_thread() - producers, rows_from = thread / warpgroup_threads * 64;
+  const int rows_from = (this_thread() - producers) / warpgroup_threads * 64;
   const int chunks = (p.channels + depth - 1) / depth;
   const auto release = [&](int stage) {
     __syncwarp();
-    if (thread % warp_size == 0) barrier_arrive(shared.empty + stage);
+    if (this_thread() % warp_size == 0) barrier_arrive(shared.empty + stage);
   };
   float sums[128] = {};
   Turn turn;
@@ -428,7 +448,7 @@ __device__ __forceinline__ void consume(const Forward& p, const Shared& shared) 
     products_wait<0>();
     hold(sums);
     release(before);
-    write_output<T>(p, place_of(p, tile), sums, thread);
+    write_output<T>(p, place_of(p, tile), sums);
   }
 }
 

@@ -13,10 +13,12 @@ inline bool takes(const Problem& p) {
   const bool window = p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 && p.dilation_h == 1 &&
                       p.dilation_w == 1 && p.multiplier == 1;
   const bool vectors = p.channels % 8 == 0 && p.out_channels % 8 == 0 && p.out_channels > 0;
-  // Pixels are counted in 32 bits. Patches of 2 x 4 want input for as many.
+  // Pixels, and rows of a batch with those of a tile behind it, are counted in 32 bits. Patches of 2 x 4 want input for
+  // as many.
   const int64_t most = 0x7fffffff;
   return p.layout == Layout::nhwc && (p.dtype == Dtype::f16 || p.dtype == Dtype::bf16) && window && vectors &&
-         p.batch <= most / p.height / p.width && out_width(p) >= patch_w && p.batch * out_height(p) >= patch_h;
+         is_simple(p.activation) && p.batch <= most / p.height / p.width && p.batch <= (most - rows) / out_height(p) &&
+         out_width(p) >= patch_w && p.batch * out_height(p) >= patch_h;
 }
 
 template <class T>
@@ -61,7 +63,7 @@ struct Plan {
 inline Plan plan_tile(const Forward& forward, int rows_of_tile, int tile_w, int processors) {
   Plan plan = {forward, 0, INFINITY};
   Forward& p = plan.forward;
-  const int64_t all_rows = static_cast<int64_t>(p.batch) * p.out_height;
+  const int all_rows = p.batch * p.out_height;
   const int images = images_of(rows_of_tile, p.out_height);
   p.tile_rows = rows_of_tile, p.tile_w = tile_w;
   p.halo_w = tile_w + 2;
@@ -95,10 +97,10 @@ inline Plan plan_tile(const Forward& forward, int rows_of_tile, int tile_w, int 
 inline Plan plan_forward(const Forward& forward, int processors) {
   Plan best = {};
   best.cost = INFINITY;
-  const int64_t all_rows = static_cast<int64_t>(forward.batch) * forward.out_height;
+  const int all_rows = forward.batch * forward.out_height;
   for (const int width : {forward.out_width, 32, 28, 16, 14, 8}) {
     if (width > forward.out_width || width > rows / patch_h) continue;
-    const int most = static_cast<int>(std::min<int64_t>(rows / width, all_rows));
+    const int most = std::min(rows / width, all_rows);
     const int whole = most / forward.out_height * forward.out_height;
     for (const int height : {most, most - most % patch_h, whole, forward.out_height, most / 2}) {
       if (height < patch_h || height > most) continue;

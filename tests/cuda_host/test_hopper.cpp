@@ -194,7 +194,8 @@ void test_hopper(const Variant& variant) {
     p.kernel_h = p.kernel_w = 3, p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = 1;
     p.pad_top = p.pad_left = layer.pad, p.pad_bottom = p.pad_right = layer.pad;
     p.dtype = variant.dtype, p.layout = Layout::nhwc;
-    p.mid_activation = Activation::relu6, p.activation = reals ? Activation::hardswish : Activation::relu;
+    p.mid_activation = reals ? Activation::silu : Activation::relu6,
+    p.activation = reals ? Activation::leaky_relu : Activation::relu;
     cuda_host::multiprocessors = layer.processors;
     test_forward(variant, c, p, !reals, true, ForwardKernel::hopper);
     reals = !reals;
