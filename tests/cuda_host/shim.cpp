@@ -51,7 +51,8 @@ constexpr size_t behind = canary_bytes;
 
 std::vector<std::unique_ptr<Worker>> workers;
 std::vector<Slots> slots;  // of each warp
-bool progress;             // of any thread, in the last round through the block
+bool progress;             // of any thread, since it was last asked
+bool waits;                // whether any thread of the block ever waited for another warp
 const std::function<void()>* body = nullptr;
 
 Worker& worker() { return *workers[current.thread.x]; }
@@ -100,13 +101,17 @@ void run_block(int threads) {
     w.copies.clear();
     w.fibre.prepare(work, nullptr);
   }
+  waits = false;
   begin_block();
   const int warps = threads / 32;
   for (;;) {
-    do {
+    // Where warps wait for one another, the first that can go on does, until none can: so roles that come first are as
+    // far ahead as they may be, with the other order those that come last.
+    for (int i = 0; i < warps;) {
       progress = false;
-      for (int warp = 0; warp < warps; ++warp) run_warp(32 * (order == Order::backward ? warps - 1 - warp : warp));
-    } while (progress);
+      run_warp(32 * (order == Order::backward ? warps - 1 - i : i));
+      i = waits && progress ? 0 : i + 1;
+    }
     int waiting = 0;
     for (int i = 0; i < threads; ++i) {
       const Worker& w = *workers[static_cast<size_t>(i)];
@@ -138,6 +143,14 @@ void warp_barrier() { wait(State::at_warp_barrier); }
 void wait_until(const std::function<bool()>& condition) {
   if (condition()) return;
   worker().until = &condition;
+  waits = true;
+  wait(State::waiting);
+}
+
+void let_others_go_first() {
+  static const std::function<bool()> at_once = [] { return true; };
+  worker().until = &at_once;
+  waits = true;
   wait(State::waiting);
 }
 

@@ -114,6 +114,8 @@ void block_barrier();
 void warp_barrier();
 // Until it is true, by what threads of other warps do. Where it never will be, the program ends.
 void wait_until(const std::function<bool()>& condition);
+// If they can, and come before this thread's warp.
+void let_others_go_first();
 // Lays `value` out for the warp's other lanes, waits for all of them, and returns what each laid out: [32][bytes].
 const char* exchange(const void* value, size_t bytes);
 

@@ -201,9 +201,12 @@ void barrier_init(Barrier* barrier, int arrivals) {
 
 void barrier_arrive(Barrier* barrier) {
   Count& count = count_of(barrier);
-  if (--count.pending > 0) return;
-  count.pending = count.expected;
-  ++count.phases;
+  if (--count.pending == 0) {
+    count.pending = count.expected;
+    ++count.phases;
+  }
+  // Those who waited may be quicker than whatever this thread does next.
+  cuda_host::let_others_go_first();
 }
 
 void barrier_wait(Barrier* barrier, unsigned parity) {
