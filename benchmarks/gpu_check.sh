@@ -74,8 +74,9 @@ build() {
 
 sanitizer() {
   local tool=$1
+  shift
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-    "$python" benchmarks/gpu_matrix.py exercise
+    "$python" benchmarks/gpu_matrix.py exercise "$@"
 }
 export -f build sanitizer
 export python
@@ -102,6 +103,9 @@ done
 if ((!${#dry[@]})); then
   stage hopper 60 "$python" -m pytest -q -p no:cacheprovider --maxfail=5 -m cuda tests/test_cuda_hopper.py
   if grep -qs '^passed' "$folder/hopper.stage"; then
+    for tool in memcheck racecheck; do
+      command -v compute-sanitizer >/dev/null && stage hopper_$tool 25 bash -c "sanitizer $tool --hopper"
+    done
     stage hopper_matrix 45 "$python" benchmarks/gpu_matrix.py measure --hopper --seconds 35 "$folder"
   fi
 fi

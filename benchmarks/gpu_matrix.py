@@ -419,7 +419,10 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def exercise(arguments: argparse.Namespace) -> int:
-    """Forward and all gradients of small problems, by the native kernels and nothing of torch's."""
+    """Forward and all gradients of small problems, by the native kernels and nothing of torch's.
+
+    With --hopper the forward kernel for compute capability 9.0, and nothing else.
+    """
     if arguments.dry_run:
         print("exercise: nothing to run without a GPU")
         return 0
@@ -436,6 +439,11 @@ def exercise(arguments: argparse.Namespace) -> int:
             *(case.mid, case.act),
         )
         needed = [tensor is not None for tensor in tensors]
+        if arguments.hopper:
+            if _native.cuda.has_hopper_kernel(case.problem, 0):
+                with _plan.force(_plan.HOPPER), torch.no_grad():
+                    _cuda_kernels.forward_kernel(*tensors, None, *geometry)
+            continue
         for path in PATHS[:1] if case.k else PATHS[1:]:
             with _plan.force(path), torch.no_grad():
                 y = _cuda_kernels.forward_kernel(*tensors, None, *geometry)
@@ -457,12 +465,13 @@ def main() -> int:
         command.add_argument("--dry-run", action="store_true", help="on the CPU, tiny layers")
         if function is not exercise:
             command.add_argument("folder", type=Path)
+        if function is not report:
+            command.add_argument("--hopper", action="store_true", help="the kernel for 9.0 alone")
         if function is measure:
             command.add_argument(
                 "--seconds", type=float, default=200.0, help="to go on for (default: %(default)s)"
             )
             command.add_argument("--seconds-each", type=float, default=0.0, help="for a cell, at least")
-            command.add_argument("--hopper", action="store_true", help="the kernel for 9.0 alone")
     arguments = parser.parse_args()
     if not arguments.dry_run and not torch.cuda.is_available():
         print("gpu_matrix: torch finds no GPU here; --dry-run runs on the CPU", file=sys.stderr)
