@@ -139,11 +139,21 @@ def test_an_error_of_cuda_names_the_shape():
     message = (
         r"CUDA error in the forward pass on device 0, .*: for the float16 input \[2, 8, 9, 10\], 16 output"
     )
-    for _ in range(2):
+    for forward in (_cuda.forward, _cuda.forward, _cuda.forward_hopper):
         with pytest.raises(RuntimeError, match=message):
-            _cuda.forward(PROBLEM, False, *NOTHING, 0, 0, 0, 0)
+            forward(PROBLEM, False, *NOTHING, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="CUDA error in the backward pass"):
         _cuda.backward(PROBLEM, False, *NOTHING, *(0,) * 5, 0, 0, 0, 0)
+
+
+@needs_module
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_no_kernel_for_one():
+    from fastsep import _cuda
+
+    assert not _cuda.has_hopper_kernel(
+        replace(BY_NAME["plain_3x3"], dtype="float16", layout="nhwc").problem, 0
+    )
 
 
 @needs_module

@@ -74,8 +74,8 @@ void run_forward(const py::tuple& fields, bool tf32, uintptr_t input, uintptr_t 
   const Weights weights = {address(depthwise_weight), address(depthwise_bias), address(pointwise_weight),
                            address(bias)};
   run("forward", problem, device, [&] {
-    return cuda::forward(problem, {tf32, kernel}, address(input), weights, mutable_address(output), mutable_address(workspace),
-                         workspace_size, {device, mutable_address(stream)});
+    return cuda::forward(problem, {tf32, kernel}, address(input), weights, mutable_address(output),
+                         mutable_address(workspace), workspace_size, {device, mutable_address(stream)});
   });
 }
 
@@ -121,7 +121,9 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("has_hopper_kernel", [](const py::tuple& fields, int device) {
     const Problem problem = read_problem(fields);
     const DeviceGuard guard(device);
-    return guard.error() == cudaSuccess && cuda::has_hopper_kernel(problem, device);
+    if (guard.error() == cudaSuccess) return cuda::has_hopper_kernel(problem, device);
+    static_cast<void>(cudaGetLastError());
+    return false;
   });
   m.def("backward_workspace_bytes",
         [](const py::tuple& fields, bool tf32, uintptr_t grad_input, uintptr_t grad_depthwise_weight,
