@@ -366,6 +366,19 @@ def summary(rows: list[dict]) -> list[dict]:
     return found
 
 
+def hopper_gains(rows: list[dict]) -> list[dict]:
+    """By batch and dtype: how often the kernel for 9.0 would run in the time of the portable one."""
+    groups: dict[tuple, list[float]] = {}
+    for row in rows:
+        if own := best(row, _plan.HOPPER):
+            ratio = best(row, _plan.FUSED) / own
+            groups.setdefault((parse_case(row["case"]).n, row["dtype"]), []).append(ratio)
+    return [
+        {"batch": n, "dtype": dtype, "layers": len(found), "gain": geometric_mean(found), "least": min(found)}
+        for (n, dtype), found in groups.items()
+    ]
+
+
 def commit() -> str:
     root = Path(__file__).resolve().parent.parent
     result = subprocess.run(
@@ -386,6 +399,7 @@ def report(arguments: argparse.Namespace) -> int:
         "commit": commit(),
         "stages": stages,
         "summary": summary(good),
+        "hopper": hopper_gains(good),
         "rows": rows,
     }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -409,6 +423,12 @@ def report(arguments: argparse.Namespace) -> int:
             group["what"], str(group["batch"]), group["dtype"], group["phase"], str(group["layers"]), *numbers
         )
     console.print(table)
+    for group in result["hopper"]:
+        console.print(
+            "hopper kernel, batch {batch}, {dtype}, {layers} layers: {gain:.2f} times as fast as the portable "
+            "one, at least {least:.2f}".format(**group),
+            highlight=False,
+        )
     for row in rows:
         if "error" in row:
             console.print(f"failed: {row['key']}: {row['error']}", markup=False)

@@ -115,6 +115,17 @@ def test_the_summary_compares_better_layouts():
     assert group["speedup_in_graphs"] is None
 
 
+def test_the_hopper_kernel_is_compared_with_the_portable_one():
+    rows = [
+        row("a forward", "forward", {"fused nhwc": 1e-3, "torch nhwc": 2e-3}),
+        row("a forward hopper", "forward", {"fused nhwc": 2e-3, "hopper nhwc": 1e-3}),
+        row("b forward hopper", "forward", {"fused nhwc": 8e-3, "hopper nhwc": 1e-3}),
+    ]
+    (group,) = gpu_matrix.hopper_gains(rows)
+    assert (group["batch"], group["dtype"], group["layers"]) == (128, "bfloat16", 2)
+    assert (group["gain"], group["least"]) == (pytest.approx(4), pytest.approx(2))
+
+
 def test_factors_are_those_that_the_planner_reads(monkeypatch):
     gpu = _plan.Gpu("test", 100, 4e12, 6e13, 8e14)
     monkeypatch.setattr(_plan.Gpu, "of", lambda device: gpu)
