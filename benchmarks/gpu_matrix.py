@@ -425,8 +425,8 @@ def report(arguments: argparse.Namespace) -> int:
     console.print(table)
     for group in result["hopper"]:
         console.print(
-            "hopper kernel, batch {batch}, {dtype}, {layers} layers: {gain:.2f} times as fast as the portable "
-            "one, at least {least:.2f}".format(**group),
+            "hopper kernel, batch {batch}, {dtype}, {layers} layers: {gain:.2f} times as fast as the "
+            "portable one, at least {least:.2f}".format(**group),
             highlight=False,
         )
     for row in rows:
