@@ -18,8 +18,8 @@
 namespace fastsep {
 namespace cuda {
 
-// Only code for sm_90a has these (and the pass for the host, which looks at names alone); the other architectures'
-// share of a kernel that uses them is a trap.
+// Only code for sm_90a may call these; the other architectures' share of a kernel that does is a trap. The pass for the
+// host looks at names alone.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
 #define FASTSEP_HOPPER_CODE 1
 #else
@@ -29,8 +29,6 @@ namespace cuda {
 struct Barrier {
   uint64_t word;
 };
-
-#if FASTSEP_HOPPER_CODE
 
 // By one thread, before a barrier of the block.
 __device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
@@ -140,8 +138,6 @@ __device__ __forceinline__ void multiply_64x256(float (&sums)[128], uint64_t a, 
 #undef FASTSEP_SUMS
 #undef FASTSEP_NAMES
 #undef FASTSEP_PRODUCT
-
-#endif
 
 }  // namespace cuda
 }  // namespace fastsep
