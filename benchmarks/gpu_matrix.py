@@ -63,7 +63,7 @@ def cells(dry_run: bool) -> Iterator[Cell]:
     layers = [*distinct(load("mobilenet_v1").layers), *load("gpu").layers]
     batches, dtypes = BATCHES, DTYPES_MEASURED
     if dry_run:
-        layers = [replace(case, c=8, k=8, h=9, w=9) for case in (layers[0], *layers[-3:])]
+        layers = [replace(case, c=8, k=8, h=9, w=9) for case in (layers[0], layers[-1])]
         batches, dtypes = (2, 1), ("float32", "bfloat16")
 
     def sized(case: Case, batch: int, dtype: str) -> Case:
