@@ -310,4 +310,12 @@ def add(a: Tensor, b: Tensor | float) -> Tensor:
 
 def as_contiguous(x: Any) -> Any:
     """Row-major tensors, in any nesting, of those with four dimensions."""
-    return tree_map_only(Tensor, lambda t: t.contiguous() if t.dim() == 4 else t, x)
+    return tree_map_only(Tensor, _row_major, x)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    """Contiguous, an image with the strides that a fresh one has, also where there is but one channel."""
+    if x.dim() != 4:
+        return x
+    x = x.contiguous()
+    return x.flatten().view(x.shape) if 1 in x.shape and x.numel() else x
