@@ -1,16 +1,24 @@
 // The backward pass, any subset of the gradients, from launches of the kernels of product.cuh and depthwise*.cuh:
 //
-//   d bias              column sums of dv
-//   d pointwise_weight  u = mid_act(depthwise(x) + bias) to the workspace, then dv' u
-//   dt                  W' dv to the workspace, where u has been, times mid_act'(t) in place
-//   d depthwise_*, dx   from dt
+//   z                    depthwise(x) + bias to the workspace; mid_act of it where the slope follows from the value
+//   d pointwise_weight,  dv' u with u = z or mid_act(z), and the sums of dv's rows: parts,
+//   d bias               then added up
+//   dt                   W' dv times mid_act'(z), written where z has been
+//   dx                   from dt
+//   d depthwise_*        from dt and x: parts, then added up
 //
-// u and dt are kept in the storage type: u is what the forward pass hands its own matrix product, and dt what an
-// unfused backward pass keeps between its two halves; f32 loses nothing. Each is one tensor of the depthwise output's
-// size, and there only while backward() runs; of the forward pass nothing but x (and y or v) is kept.
+// Seven launches for all gradients. z and dt are kept in the storage type: u is what the forward pass hands its own
+// matrix product, and t and dt what an unfused backward pass keeps between its two halves; f32 loses nothing. They
+// share one tensor of the depthwise output's size, there only while backward() runs; of the forward pass nothing but x
+// (and y or v) is kept.
+//
+// With X, Y and U the bytes of x, y and the depthwise output, and y saved, it moves
+//   z  X + U    products  2 Y + U  and  2 Y + 2 U    dx  U + X    d depthwise  X + U
+// in all 3 X + 4 Y + 6 U; one U less without mid_act, and 2 Y less without an activation.
 //
 // Parts: sums over all pixels are cut in parts that follow from the problem alone, in fp32, [part][...] in the
-// workspace, added in order.
+// workspace, added in order. Every choice of gradients gives the same bits: where d bias is asked for alone, it is the
+// same product without columns.
 #pragma once
 
 #include "depthwise_weights_launch.cuh"
@@ -21,19 +29,22 @@ namespace cuda {
 
 inline int64_t round_to_256(int64_t bytes) { return divide_up(bytes, 256) * 256; }
 
-template <class T, class Arithmetic, bool a_across, bool b_across, bool a_slopes, class Out>
+template <class T, class Arithmetic, bool a_across, bool b_across, Role a_role, Role b_role, class Out>
 cudaError_t launch_product(Product p, bool large, Queue queue) {
   p.tiles_m = divide_up(p.m, large ? LargeProduct::rows : SmallProduct::rows);
-  p.tiles_n = divide_up(p.n, large ? LargeProduct::columns : SmallProduct::columns);
+  p.tiles_n = p.n == 0 ? 1 : divide_up(p.n, large ? LargeProduct::columns : SmallProduct::columns);
   p.wide_output =
       aligned<Out>(p.output, p.output_pitch, 4 * sizeof(Out)) && aligned<Out>(p.output, p.output_part, 4 * sizeof(Out));
   const int64_t blocks = p.tiles_m * p.tiles_n * p.parts;
   if (blocks > most_blocks) return cudaErrorInvalidConfiguration;
-  if (large)
-    return launch(product<T, Arithmetic, a_across, b_across, a_slopes, Out, LargeProduct>, line_of_blocks(blocks),
-                  LargeProduct::threads, LargeProduct::shared_bytes, p, queue);
-  return launch(product<T, Arithmetic, a_across, b_across, a_slopes, Out, SmallProduct>, line_of_blocks(blocks),
-                SmallProduct::threads, SmallProduct::shared_bytes, p, queue);
+  const auto launch_tile = [&](auto tile) {
+    using Tile = decltype(tile);
+    const bool saved = (a_role == Role::gradient && p.a.activation != Activation::identity) ||
+                       (b_role == Role::gradient && p.b.activation != Activation::identity);
+    return launch(product<T, Arithmetic, a_across, b_across, a_role, b_role, Out, Tile>, line_of_blocks(blocks),
+                  Tile::threads, 2 * Tile::stage_bytes + (saved ? Tile::saved_bytes : 0), p, queue);
+  };
+  return large ? launch_tile(LargeProduct()) : launch_tile(SmallProduct());
 }
 
 // What the launches of one backward pass share.
@@ -55,18 +66,16 @@ struct Backward {
   }
   int64_t weight_parts() const { return divide_up(weight_images() * weight_chunks(), weight_part_size()); }
 
-  // d bias
-  int column_log_lanes() const { return nhwc ? log_ceil(k, 5) : 0; }
-  int64_t column_groups() const { return divide_up(k, int64_t{1} << column_log_lanes()); }
-  int64_t column_part_size() const {
-    return divide_up(pixels, parts_of(pixels, 16 * (column_threads >> column_log_lanes()), column_groups()));
-  }
-  int64_t column_parts() const { return divide_up(pixels, column_part_size()); }
+  // The numbers of a part: of d pointwise_weight, then of d bias, each in whole vectors.
+  int64_t bias_at() const { return divide_up(k * depth, 4) * 4; }
+  int64_t weight_part_numbers() const { return bias_at() + divide_up(k, 4) * 4; }
 
+  // Whether z is mid_act's value and not its argument.
+  bool keeps_value() const { return derivative_from_output(problem.mid_activation); }
   bool wants_depthwise(const Gradients& g) const {
     return g.input != nullptr || g.depthwise_weight != nullptr || g.depthwise_bias != nullptr;
   }
-  // u and dt; not for K = 0 without an activation, where dt is the gradient itself.
+  // z and dt; not for K = 0 without an activation, where dt is the gradient itself.
   int64_t middle_bytes(const Gradients& g) const {
     const bool needed = k > 0 ? wants_depthwise(g) || g.pointwise_weight != nullptr
                               : wants_depthwise(g) && problem.mid_activation != Activation::identity;
@@ -77,8 +86,7 @@ struct Backward {
     if (pixels == 0) return 0;
     const auto need = [&](int64_t count) { numbers = count > numbers ? count : numbers; };
     if (g.depthwise_weight != nullptr || g.depthwise_bias != nullptr) need(weights_part_numbers<T>(problem));
-    if (g.pointwise_weight != nullptr && k > 0) need(weight_parts() * k * depth);
-    if (g.bias != nullptr && k > 0) need(column_parts() * k);
+    if ((g.pointwise_weight != nullptr || g.bias != nullptr) && k > 0) need(weight_parts() * weight_part_numbers());
     return round_to_256(numbers * static_cast<int64_t>(sizeof(float)));
   }
 
@@ -92,56 +100,44 @@ struct Backward {
     return {data, nullptr, Activation::identity, pitch, image, aligned<T>(data, pitch)};
   }
 
-  cudaError_t bias(const void* gradient, const void* saved, float* parts, void* result, Queue queue) const {
-    ColumnSums p = {gradient, saved, problem.activation, parts, k, plane, pixels, 0, 0, 0, nhwc};
-    AddParts add = {parts, 0, k, 1, k, result, false};
-    if (pixels > 0) {
-      p.log_lanes = column_log_lanes();
-      p.groups = column_groups();
-      p.part_size = column_part_size();
-      add.count = column_parts();
-      const int64_t blocks = p.groups * add.count;
-      if (blocks > most_blocks) return cudaErrorInvalidConfiguration;
-      const cudaError_t error =
-          launch(column_sums<T>, line_of_blocks(blocks), column_threads, column_threads / 2 * sizeof(float), p, queue);
-      if (error != cudaSuccess) return error;
-    }
-    return launch_add_parts<T>(add, queue);
-  }
-
+  // d pointwise_weight and d bias, either of which may be null; without the former z is not read.
   template <class Arithmetic>
-  cudaError_t pointwise_weight(const void* gradient, const void* saved, const void* u, float* parts, void* result,
-                               Queue queue) const {
-    AddParts add = {parts, 0, k * depth, k, depth, result, false};
+  cudaError_t pointwise(const void* gradient, const void* saved, const void* z, const Gradients& g, float* parts,
+                        Queue queue) const {
+    AddParts add = {parts, 0, weight_part_numbers(), k, depth, g.pointwise_weight, false, bias_at(), k, g.bias};
     if (pixels > 0) {
       Product p = {};
       p.a = dv(gradient, saved);
-      p.b = plain(u, nhwc ? depth : plane, nhwc ? 0 : depth * plane);
+      p.b = plain(z, nhwc ? depth : plane, nhwc ? 0 : depth * plane);
+      p.b.activation = keeps_value() ? Activation::identity : problem.mid_activation;
       p.output = parts;
+      p.row_sums = g.bias != nullptr ? parts + bias_at() : nullptr;
       p.output_pitch = depth;
-      p.output_part = k * depth;
+      p.output_part = weight_part_numbers();
       p.m = k;
-      p.n = depth;
+      p.n = g.pointwise_weight != nullptr ? depth : 0;
       p.r = nhwc ? pixels : plane;
       p.images = weight_images();
       p.chunks = weight_chunks();
       p.part_size = weight_part_size();
       p.parts = add.count = weight_parts();
+      constexpr Role of_a = Role::gradient, of_b = Role::activated;
       const cudaError_t error =
-          nhwc ? launch_product<T, Arithmetic, true, true, true, float>(p, large_weights(), queue)
-               : launch_product<T, Arithmetic, false, false, true, float>(p, large_weights(), queue);
+          nhwc ? launch_product<T, Arithmetic, true, true, of_a, of_b, float>(p, large_weights(), queue)
+               : launch_product<T, Arithmetic, false, false, of_a, of_b, float>(p, large_weights(), queue);
       if (error != cudaSuccess) return error;
     }
     return launch_add_parts<T>(add, queue);
   }
 
-  // W' dv
+  // W' dv, times mid_act'(z) where `middle` holds z.
   template <class Arithmetic>
-  cudaError_t depthwise_output(const void* gradient, const void* saved, const void* pointwise_weight, void* dt,
+  cudaError_t depthwise_output(const void* gradient, const void* saved, const void* pointwise_weight, void* middle,
                                Queue queue) const {
     const Operand of_v = dv(gradient, saved), of_w = plain(pointwise_weight, depth, 0);
     Product p = {};
-    p.output = dt;
+    p.output = middle;
+    p.slope = problem.mid_activation;
     p.r = k;
     p.chunks = p.part_size = divide_up(k, chunk<T>);
     p.images = p.parts = nhwc ? 1 : problem.batch;
@@ -152,8 +148,8 @@ struct Backward {
     p.a = nhwc ? of_v : of_w;
     p.b = nhwc ? of_w : of_v;
     const bool large = p.m > 64 && p.n > 64 && divide_up(p.m, 128) * divide_up(p.n, 128) * p.parts >= enough_blocks / 2;
-    return nhwc ? launch_product<T, Arithmetic, false, true, true, T>(p, large, queue)
-                : launch_product<T, Arithmetic, true, true, false, T>(p, large, queue);
+    return nhwc ? launch_product<T, Arithmetic, false, true, Role::gradient, Role::plain, T>(p, large, queue)
+                : launch_product<T, Arithmetic, true, true, Role::plain, Role::gradient, T>(p, large, queue);
   }
 
   template <class Arithmetic>
@@ -162,22 +158,19 @@ struct Backward {
     void* const middle = workspace;
     float* const parts = reinterpret_cast<float*>(static_cast<char*>(workspace) + middle_bytes(g));
     cudaError_t error = cudaSuccess;
-    if (k > 0 && g.bias != nullptr) error = bias(gradient, saved, parts, g.bias, queue);
-    if (k > 0 && g.pointwise_weight != nullptr) {
-      if (error == cudaSuccess) error = depthwise_forward<T>(problem, input, weights, middle, queue);
-      if (error == cudaSuccess)
-        error = pointwise_weight<Arithmetic>(gradient, saved, middle, parts, g.pointwise_weight, queue);
+    const bool slopes = wants_depthwise(g) && problem.mid_activation != Activation::identity;
+    if (k > 0 && (g.pointwise_weight != nullptr || slopes)) {
+      Problem before = problem;
+      if (!keeps_value()) before.mid_activation = Activation::identity;
+      error = depthwise_forward<T>(before, input, weights, middle, queue);
     }
+    if (error == cudaSuccess && k > 0 && (g.pointwise_weight != nullptr || g.bias != nullptr))
+      error = pointwise<Arithmetic>(gradient, saved, middle, g, parts, queue);
     if (error != cudaSuccess || !wants_depthwise(g)) return error;
-    const void* dt = gradient;
-    if (k > 0) {
-      if (pixels > 0) error = depthwise_output<Arithmetic>(gradient, saved, weights.pointwise_weight, middle, queue);
-      dt = middle;
-    }
-    if (error == cudaSuccess && problem.mid_activation != Activation::identity) {
-      error = depthwise_slope<T>(problem, input, weights, dt, middle, queue);
-      dt = middle;
-    }
+    const void* const dt = k > 0 || slopes ? middle : gradient;
+    if (k > 0 && pixels > 0)
+      error = depthwise_output<Arithmetic>(gradient, saved, weights.pointwise_weight, middle, queue);
+    if (k == 0 && slopes) error = depthwise_slope<T>(problem, input, weights, gradient, middle, queue);
     if (error == cudaSuccess && g.input != nullptr)
       error = depthwise_input_gradient<T>(problem, dt, weights.depthwise_weight, g.input, queue);
     if (error == cudaSuccess && (g.depthwise_weight != nullptr || g.depthwise_bias != nullptr))

@@ -55,6 +55,13 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared
                           static_cast<cudaStream_t>(queue.stream));
 }
 
+// Below this many blocks a device has idle processors: blocks get smaller. A fixed number, twice an H200's 132. (On the
+// host the tests set it.)
+constexpr int64_t enough_blocks = 264;
+
+// Of vectors; the host's tests check it.
+__device__ __forceinline__ void check_aligned(const void*, size_t) {}
+
 // Streaming multiprocessors of the queue's device: what a grid has to fill.
 inline int multiprocessors(Queue queue) {
   int count = 0;
@@ -131,6 +138,7 @@ template <int count, class T>
 __device__ __forceinline__ void load(float (&to)[count], const T* from) {
   constexpr int step = count < widest<T> ? count : widest<T>;
   static_assert(count % step == 0, "whole accesses");
+  check_aligned(from, step * sizeof(T));
 #pragma unroll
   for (int i = 0; i < count; i += step) {
     const typename Access<step * sizeof(T)>::Type raw =
@@ -153,6 +161,7 @@ template <int count, class T>
 __device__ __forceinline__ void store(T* to, const float (&from)[count]) {
   constexpr int step = count < widest<T> ? count : widest<T>;
   static_assert(count % step == 0, "whole accesses");
+  check_aligned(to, step * sizeof(T));
 #pragma unroll
   for (int i = 0; i < count; i += step) {
     T elements[step];

@@ -57,11 +57,22 @@ constexpr int depthwise_threads = 256;
 // ----------------------------------------------------------------------------------------
 
 // values[i] becomes act(values[i]), or gradient act'(values[i]) where gradient_at(i, v) gives one. Clamps are laid out
-// for every value; the rest are one piece of code.
+// for every value, and all gradients asked for before the first is used; the rest are one piece of code.
 template <int N, int V, class GradientAt>
 __device__ __forceinline__ void finish(const DepthwiseParams& p, float (&values)[N][V], GradientAt gradient_at) {
   const Activation act = p.activation;
-  if (p.gradient == nullptr && (act == Activation::identity || act == Activation::relu || act == Activation::relu6)) {
+  if (act == Activation::identity || act == Activation::relu || act == Activation::relu6) {
+    if (p.gradient != nullptr) {
+      const float low = act == Activation::identity ? NAN : 0.f, high = act == Activation::relu6 ? 6.f : NAN;
+      float g[N][V];
+#pragma unroll
+      for (int i = 0; i < N; ++i) gradient_at(i, g[i]);
+#pragma unroll
+      for (int i = 0; i < N; ++i)
+#pragma unroll
+        for (int v = 0; v < V; ++v) values[i][v] = values[i][v] <= low || values[i][v] >= high ? 0.f : g[i][v];
+      return;
+    }
     const float low = act == Activation::identity ? -INFINITY : 0.f;
     const float high = act == Activation::relu6 ? 6.f : INFINITY;
 #pragma unroll
@@ -244,8 +255,8 @@ __global__ void __launch_bounds__(depthwise_threads, K == 7 ? 2 : 3) depthwise_n
       in_y = y * S - pad_y;
       in_x = x * S - pad_x;
     }
-    const float* const plane_rows = rows + (begin - origin) + (plane * in_h - low) * in_w;
-    PlaneSource source = {plane_rows, in_h, in_w, in_y, in_x, step_y, step_x};
+    const float* const plane_rows = rows + (begin - origin) + plane * in_h * in_w;  // planes of a block are small
+    PlaneSource source = {plane_rows, low, in_h, in_w, in_y, in_x, step_y, step_x};
     const float* const filter = filters + plane * (K * K + 1);
     float sum[TY * TX][1];
 #pragma unroll

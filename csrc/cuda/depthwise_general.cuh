@@ -55,14 +55,14 @@ __global__ void __launch_bounds__(depthwise_threads) depthwise_general(const Dep
 
 // The taps that reach a place whose coordinate, counted with the padding, is `at`: first, first + tap_step, ...; the
 // first leads from `result`, each next from result_step less. -1 where there is none.
-__device__ __forceinline__ int64_t first_tap(int64_t at, int64_t stride, int64_t dilation, int64_t tap_step,
-                                             int64_t* result) {
-  for (int64_t tap = 0; tap < tap_step; ++tap) {
-    const int64_t from = at - tap * dilation;
-    if (from % stride == 0) {
-      *result = from / stride;
-      return tap;
-    }
+__device__ __forceinline__ int64_t first_tap(int64_t at, int64_t stride, int64_t dilation, int64_t kernel,
+                                             int64_t tap_step, int64_t* result) {
+  // All of them fit 31 bits, see validate().
+  const int taps = static_cast<int>(kernel < tap_step ? kernel : tap_step);
+  int from = static_cast<int>(at);
+  for (int tap = 0; tap < taps && from >= 0; ++tap, from -= static_cast<int>(dilation)) {
+    *result = from / static_cast<int>(stride);
+    if (from % static_cast<int>(stride) == 0) return tap;
   }
   return -1;
 }
@@ -75,8 +75,8 @@ __global__ void __launch_bounds__(depthwise_threads) depthwise_gradient_general(
   if (index >= p.batch * out_channels * p.out_h * p.out_w) return;
   const Position at = position_of(index, p.nhwc, out_channels, p.out_h, p.out_w);
   int64_t first_y = 0, first_x = 0;
-  const int64_t first_r = first_tap(at.y + p.pad_top, p.stride_h, p.dilation_h, p.tap_step_h, &first_y);
-  const int64_t first_s = first_tap(at.x + p.pad_left, p.stride_w, p.dilation_w, p.tap_step_w, &first_x);
+  const int64_t first_r = first_tap(at.y + p.pad_top, p.stride_h, p.dilation_h, p.kernel_h, p.tap_step_h, &first_y);
+  const int64_t first_s = first_tap(at.x + p.pad_left, p.stride_w, p.dilation_w, p.kernel_w, p.tap_step_w, &first_x);
   float sum = 0.f;
   for (int64_t j = 0; j < p.multiplier && first_r >= 0 && first_s >= 0; ++j) {
     const Position origin = {at.n, at.channel * p.multiplier + j, 0, 0};

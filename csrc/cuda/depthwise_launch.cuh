@@ -8,8 +8,6 @@ namespace cuda {
 
 // A grid is never that large in practice; where it would be, the launch is refused and not cut short.
 constexpr int64_t most_blocks = 0x7fffffff;
-// Below this many blocks a device has idle processors: blocks get smaller. A fixed number, twice an H200's 132.
-constexpr int64_t enough_blocks = 264;
 
 inline int log_ceil(int64_t value, int most) {
   int log = 0;

@@ -133,10 +133,11 @@ struct PixelSource {
   }
 };
 
-// NCHW: one number of a plane whose rows lie in shared memory, already in fp32; `plane` points to where row 0 would be.
+// NCHW: one number of a plane of which some rows lie in shared memory, already in fp32: from row `low` on, at `rows`.
+// Rows are counted from there, because a plane may have more numbers than 32 bits count.
 struct PlaneSource {
-  const float* plane;
-  int height, width;
+  const float* rows;
+  int low, height, width;
   int y, x, step_h, step_w;
   bool inside = false;
   const float* row_start = nullptr;
@@ -144,7 +145,7 @@ struct PlaneSource {
   __device__ __forceinline__ void row(int r) {
     const int at = y + r * step_h;
     inside = static_cast<unsigned>(at) < static_cast<unsigned>(height);
-    row_start = plane + at * width;
+    row_start = rows + (inside ? at - low : 0) * width;
   }
   __device__ __forceinline__ void load(int column, float (&to)[1]) const {
     const int at = x + column * step_w;

@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(weights_threads, K == 3   ? 5
         bias += gradient[j][0];
       }
       const int64_t start = start_of(image);
-      const float* const plane = rows + image * p.row_numbers + static_cast<int>(start % step) - low * in_w;
-      PlaneSource source = {plane, in_h, in_w, y * S - pad_y, x * S - pad_x, step_y, step_x};
+      const float* const plane = rows + image * p.row_numbers + static_cast<int>(start % step);
+      PlaneSource source = {plane, low, in_h, in_w, y * S - pad_y, x * S - pad_x, step_y, step_x};
       correlate_taps<K, S, TY, 1, 1>(sum, source, gradient);
     }
     __syncthreads();
@@ -233,11 +233,15 @@ __global__ void __launch_bounds__(weights_threads) depthwise_weights_general(con
 // ---- parts
 // -----------------------------------------------------------------------------------------------------------
 
+// parts: [count][stride], of which two pieces are added, [rows][columns] at its beginning and `tail` numbers at
+// tail_at; what a piece comes to may be null.
 struct AddParts {
-  const float* parts;  // [count][stride], of which [rows][columns] are added
+  const float* parts;
   int64_t count, stride, rows, columns;
   void* output;  // [columns][rows] where transposed, else [rows][columns]
   bool transposed;
+  int64_t tail_at, tail;
+  void* tail_output;
 };
 
 constexpr int add_columns = 32, add_strands_count = 8;  // of a block: eight warps share the parts of 32 numbers
@@ -245,19 +249,25 @@ constexpr int add_columns = 32, add_strands_count = 8;  // of a block: eight war
 template <class T>
 __global__ void __launch_bounds__(add_columns* add_strands_count) add_parts(const AddParts p) {
   const int lane = static_cast<int>(threadIdx.x) % add_columns, strand = static_cast<int>(threadIdx.x) / add_columns;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * add_columns + lane;
+  const int64_t place = static_cast<int64_t>(blockIdx.x) * add_columns + lane, most = p.rows * p.columns;
+  const bool in_tail = place >= most, there = place < most + p.tail;
+  const int64_t index = in_tail ? p.tail_at + place - most : place;
   const int64_t share = divide_up(p.count, add_strands_count);
   const int64_t begin = strand * share, end = begin + share < p.count ? begin + share : p.count;
   float* const shared = reinterpret_cast<float*>(shared_memory());
   float sum = 0.f;
-  if (index < p.rows * p.columns) {
+  if (there) {
 #pragma unroll 4
     for (int64_t part = begin; part < end; ++part) sum += p.parts[part * p.stride + index];
   }
   shared[threadIdx.x] = sum;
   __syncthreads();
-  if (strand > 0 || index >= p.rows * p.columns) return;
+  if (strand > 0 || !there) return;
   for (int i = 1; i < add_strands_count; ++i) sum += shared[i * add_columns + lane];
+  if (in_tail) {
+    static_cast<T*>(p.tail_output)[place - most] = from_float<T>(sum);
+    return;
+  }
   const int64_t row = divide(index, p.columns), column = index - row * p.columns;
   static_cast<T*>(p.output)[p.transposed ? column * p.rows + row : index] = from_float<T>(sum);
 }

@@ -106,8 +106,10 @@ int64_t weights_part_numbers(const Problem& problem) {
 }
 
 template <class T>
-cudaError_t launch_add_parts(const AddParts& p, Queue queue) {
-  const int64_t blocks = divide_up(p.rows * p.columns, add_columns);
+cudaError_t launch_add_parts(AddParts p, Queue queue) {
+  if (p.output == nullptr) p.rows = 0;
+  if (p.tail_output == nullptr) p.tail = 0;
+  const int64_t blocks = divide_up(p.rows * p.columns + p.tail, add_columns);
   if (blocks > most_blocks) return cudaErrorInvalidConfiguration;
   const int threads = add_columns * add_strands_count;
   return launch(add_parts<T>, line_of_blocks(blocks), threads, static_cast<size_t>(threads) * sizeof(float), p, queue);
@@ -148,12 +150,10 @@ cudaError_t depthwise_weight_gradient(const Problem& problem, const void* input,
       error = launch_weights<T, 7, 1>(p, plan, queue);
   }
   const int64_t stride = (taps + 1) * p.channels;
-  if (error == cudaSuccess && weight_gradient != nullptr)
-    error = launch_add_parts<T>({scratch, p.parts, stride, taps, p.channels, weight_gradient, true}, queue);
-  if (error == cudaSuccess && bias_gradient != nullptr)
-    error =
-        launch_add_parts<T>({scratch + taps * p.channels, p.parts, stride, 1, p.channels, bias_gradient, false}, queue);
-  return error;
+  if (error != cudaSuccess) return error;
+  return launch_add_parts<T>(
+      {scratch, p.parts, stride, taps, p.channels, weight_gradient, true, taps * p.channels, p.channels, bias_gradient},
+      queue);
 }
 
 }  // namespace cuda

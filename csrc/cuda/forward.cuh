@@ -20,9 +20,12 @@
 // 10 * 128 = 1280, tables 1024 + 1440 + 256: 63904 bytes, so two blocks on a multiprocessor of 128 KB or more. A tile
 // may take up to 99 KB, which every device from compute capability 8.0 on has. Registers: 64 sums, at most 128 of them
 // with 2 x 256 threads on a multiprocessor of 65536.
+//
+// More than 128 output channels take the depthwise half once for each 128 of them, with 128 x 256 for each 256: W is
+// then 36864 bytes, 82335 in all, and 128 sums a thread leave room for one block on a multiprocessor.
 #pragma once
 
-#include "forward_stages.cuh"
+#include "forward_depthwise.cuh"
 
 namespace fastsep {
 namespace cuda {
@@ -38,6 +41,7 @@ struct Tiling {
 };
 
 using LargeTiling = Tiling<128, 128, 4, 2, 1, 2>;
+using WideTiling = Tiling<128, 256, 2, 4, 1, 1>;   // for many output channels
 using NarrowTiling = Tiling<128, 64, 4, 2, 1, 2>;  // for few output channels
 using ShortTiling = Tiling<64, 128, 2, 4, 1, 2>;   // where a tile has much input: stride 2, large kernels
 using SmallTiling = Tiling<32, 64, 2, 2, 3, 4>;    // where there are few pixels

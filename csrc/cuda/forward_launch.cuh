@@ -83,25 +83,31 @@ bool lay_out_halo(Forward& p) {
                         reach(round_up(p.tile_h, patch_h), p.stride_h, p.kernel_h, p.dilation_h) - 1) *
                            p.halo_w +
                        reach(round_up(p.tile_w, patch_w), p.stride_w, p.kernel_w, p.dilation_w) + p.unit - 1;
-  const int pixels = p.halo_units * p.unit, hanging = static_cast<int>(last > pixels ? last - pixels : 0);
+  // A stride far beyond the kernel makes that more than any memory, and more than 32 bits count.
+  const int64_t pixels = int64_t{p.halo_units} * p.unit, hanging = last > pixels ? last - pixels : 0;
+  int64_t bytes = (pixels + hanging) * chunk_bytes;
   if (p.planar) {
     // Lanes are a channel apart: an odd number of words brings each to a bank of its own.
     p.pixel_pitch = 1;
-    const int words = round_up(pixels * static_cast<int>(sizeof(T)), 4) / 4;
+    const int words = static_cast<int>(divide_up(pixels * static_cast<int64_t>(sizeof(T)), 4));
     p.channel_pitch = (words + 1 - words % 2) * static_cast<int>(4 / sizeof(T));
-    p.halo_bytes = round_up((chunk<T> * p.channel_pitch + hanging) * static_cast<int>(sizeof(T)), 16);
+    bytes = divide_up((int64_t{chunk<T>} * p.channel_pitch + hanging) * static_cast<int64_t>(sizeof(T)), 16) * 16;
   } else {
     p.pixel_pitch = chunk<T>;
     p.channel_pitch = 1;
-    p.halo_bytes = (pixels + hanging) * chunk_bytes;
   }
+  if (bytes > most_shared_bytes) return false;
+  p.halo_bytes = static_cast<int>(bytes);
   return true;
 }
 
 // The cost of p's tile on a tiling. An estimate of issue slots: a multiprocessor issues 4 x 32 lanes a cycle. A 3 x 3
 // depthwise output of 16 bits takes 9 FMAs and 5 more, about 16 instructions; a read from global memory with its checks
-// 8 more a tap. Matrix instructions take rows * columns / 1024 cycles a channel, FMAs 8 times as many. Each chunk has
-// to wait for about 1000 cycles, with three stages 500, in which other blocks of the multiprocessor may run.
+// 8 more a tap. Matrix instructions take rows * columns / 1024 cycles a channel, of tf32 twice and FMAs 8 times as
+// many. Beside that, a tile's bytes come from the second level cache at 32 a cycle, half of what a multiprocessor
+// takes, and those that no other tile reads from memory at 16: 1.5 to 4.3 TB/s for 108 to 132 multiprocessors at 1.4
+// to 1.8 GHz are 10 to 18. Each chunk has to wait for about 1000 cycles, with three stages 500, in which other blocks
+// of the multiprocessor may run.
 template <class T, class Arithmetic, class Tile>
 void estimate(Plan& plan, int processors) {
   Forward& p = plan.forward;
@@ -116,13 +122,21 @@ void estimate(Plan& plan, int processors) {
   if (plan.shared_bytes > most_shared_bytes || plan.tiles > 0x7fffffff) return;
   const double taps = static_cast<double>(p.kernel_h) * p.kernel_w,
                chunks = static_cast<double>(divide_up(p.depth, chunk<T>));
-  const double per_tap = p.taps == Taps::window ? 1.5 : p.taps == Taps::shared ? 3 : 10;
-  const double depthwise = p.patches * patch * chunk<T> * (taps * per_tap + 3) / 128;
+  const double per_tap = p.taps == Taps::window ? 1.5 : slides(p) ? 2 : p.taps == Taps::shared ? 3 : 10;
+  const double halves = static_cast<double>(divide_up(p.depth, chunk<T> / 2));  // chunks that are half full take half
+  const double depthwise = p.patches * patch * chunk<T> * (taps * per_tap + 3) / 128 * (halves / 2 / chunks);
   const double copies = p.taps == Taps::global ? 0 : p.halo_units * (p.wide_input && !p.planar ? 0.5 : 4);
-  const double products =
-      Tile::rows * Tile::columns * chunk<T> / (std::is_same<Arithmetic, Exact>::value ? 128.0 : 1024.0);
+  const double products = Tile::rows * Tile::columns * chunk<T> /
+                          (std::is_same<Arithmetic, Exact>::value  ? 128.0
+                           : std::is_same<Arithmetic, Tf32>::value ? 512.0
+                                                                   : 1024.0);
+  const double pixels = static_cast<double>(p.tile_images) * p.tile_h * p.tile_w;
+  const double own = pixels * p.stride_h * p.stride_w, halo = p.taps == Taps::global ? own : p.halo_units * p.unit;
+  const double written = pixels * min(p.out_channels, Tile::columns) * static_cast<double>(sizeof(T)) / chunks;
+  const double from_cache = ((halo + Tile::columns) * chunk_bytes + written) / 32;
+  const double from_memory = (std::min(own, halo) * chunk_bytes / p.tiles_k + written) / 16;
   const double rounds = static_cast<double>(divide_up(plan.tiles, processors));
-  plan.cost = chunks * (rounds * (depthwise + copies + products) +
+  plan.cost = chunks * (rounds * std::max({depthwise + copies + products, from_cache, from_memory}) +
                         ceil(rounds / Tile::blocks) * (Tile::stages == 1 ? 1000 : 500));
 }
 
@@ -162,8 +176,8 @@ cudaError_t launch_tiling(const Plan& plan, Queue queue) {
                 static_cast<size_t>(plan.shared_bytes), plan.forward, queue);
 }
 
-// The cheapest of the tilings that there are for the problem. More blocks than a grid may have, 2^31, would be more
-// than 10^11 outputs: nothing that memory holds.
+// The cheapest of the tilings that there are for the problem. A grid of more blocks than there may be, 2^31, is refused
+// as the device would refuse it: nothing that memory holds.
 template <class T, class Arithmetic>
 cudaError_t launch_forward(const Problem& problem, const void* input, const Weights& weights, void* output,
                            Queue queue) {
@@ -173,6 +187,7 @@ cudaError_t launch_forward(const Problem& problem, const void* input, const Weig
   const Plan shorter = plan_tiling<T, Arithmetic, ShortTiling>(p, processors);
   if (!has_window(p)) {
     const bool small = least.cost < shorter.cost;
+    if (!small && shorter.cost == INFINITY) return cudaErrorInvalidConfiguration;
     if ((small ? least : shorter).forward.taps == Taps::global)
       return small ? launch_tiling<T, Arithmetic, SmallTiling, Taps::global>(least, queue)
                    : launch_tiling<T, Arithmetic, ShortTiling, Taps::global>(shorter, queue);
@@ -181,8 +196,11 @@ cudaError_t launch_forward(const Problem& problem, const void* input, const Weig
   }
   const Plan large = plan_tiling<T, Arithmetic, LargeTiling>(p, processors);
   const Plan narrow = plan_tiling<T, Arithmetic, NarrowTiling>(p, processors);
-  const double cost = std::min({least.cost, shorter.cost, large.cost, narrow.cost});
+  const Plan wide = plan_tiling<T, Arithmetic, WideTiling>(p, processors);
+  const double cost = std::min({least.cost, shorter.cost, large.cost, wide.cost, narrow.cost});
+  if (cost == INFINITY) return cudaErrorInvalidConfiguration;
   if (cost == large.cost) return launch_tiling<T, Arithmetic, LargeTiling, Taps::window>(large, queue);
+  if (cost == wide.cost) return launch_tiling<T, Arithmetic, WideTiling, Taps::window>(wide, queue);
   if (cost == narrow.cost) return launch_tiling<T, Arithmetic, NarrowTiling, Taps::window>(narrow, queue);
   if (cost == shorter.cost) return launch_tiling<T, Arithmetic, ShortTiling, Taps::window>(shorter, queue);
   return launch_tiling<T, Arithmetic, SmallTiling, Taps::window>(least, queue);

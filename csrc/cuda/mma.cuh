@@ -28,6 +28,7 @@ struct Multiply;
 
 template <>
 struct Multiply<__half> {
+  static constexpr uint32_t ones = 0x3c003c00u;
   static __device__ __forceinline__ uint32_t operand(uint32_t raw) { return raw; }
   static __device__ __forceinline__ void add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     multiply_f16(c, a, b);
@@ -36,6 +37,7 @@ struct Multiply<__half> {
 
 template <>
 struct Multiply<__nv_bfloat16> {
+  static constexpr uint32_t ones = 0x3f803f80u;
   static __device__ __forceinline__ uint32_t operand(uint32_t raw) { return raw; }
   static __device__ __forceinline__ void add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     multiply_bf16(c, a, b);
@@ -44,6 +46,7 @@ struct Multiply<__nv_bfloat16> {
 
 template <>
 struct Multiply<Tf32> {
+  static constexpr uint32_t ones = 0x3f800000u;
   // W comes as it lies in memory.
   static __device__ __forceinline__ uint32_t operand(uint32_t raw) {
     float value;
@@ -57,11 +60,28 @@ struct Multiply<Tf32> {
   }
 };
 
+// How the operands of a WarpTile lie: across the sum or along it, from one row to the next, and whether A is as it lies
+// in memory, not yet rounded to tf32.
+template <bool a_across_, int a_pitch_, bool w_across_, int w_pitch_, bool a_raw_>
+struct LaidOut {
+  static constexpr bool a_across = a_across_, w_across = w_across_, a_raw = a_raw_;
+  static constexpr int a_pitch = a_pitch_, w_pitch = w_pitch_;
+};
+using AlongTheSum = LaidOut<false, chunk_pitch, false, chunk_pitch, false>;
+
+template <bool across>
+__device__ __forceinline__ void load_fragments(uint32_t (&to)[4], const void* row) {
+  if constexpr (across)
+    load_matrices_transposed(to, row);
+  else
+    load_matrices(to, row);
+}
+
 // On the tensor cores. ldmatrix moves rows of 16 bytes and knows nothing of types: to 16-bit elements and to tf32 it
 // gives the fragments of their instruction alike (instructions.cuh).
 template <class Arithmetic, int rows, int columns>
 struct WarpTile {
-  static_assert(rows % 16 == 0 && columns % 16 == 0, "whole matrices");
+  static_assert(rows % 16 == 0 && columns % 32 == 0, "whole matrices, an even number of them in a step");
   float sums[rows / 16][columns / 8][4];
 
   __device__ __forceinline__ void clear() {
@@ -73,28 +93,67 @@ struct WarpTile {
         for (int e = 0; e < 4; ++e) sums[i][j][e] = 0.f;
   }
 
-  // The first `steps` steps of the chunk.
-  __device__ __forceinline__ void add(const char* a, const char* w, int steps, int lane) {
-    const char* a_row = a + lane % 16 * chunk_pitch + lane / 16 * 16;
-    const char* w_row = w + (lane / 16 * 8 + lane % 8) * chunk_pitch + lane / 8 % 2 * 16;
-#pragma unroll 1
-    for (int step = 0; step < steps; ++step, a_row += step_bytes, w_row += step_bytes) {
-      uint32_t of_a[rows / 16][4];
+  // The first `steps` steps of the chunk. An operand that lies `across` the sum is [chunk][rows], with a pitch that
+  // spreads eight rows over the banks as well, and is turned as ldmatrix reads it (16-bit elements only). The fragments
+  // of the next columns, and of the next step, are asked for before the products of these; those of A only where there
+  // are other than 64 sums, beside which 128 registers, of two blocks on a multiprocessor, have no room for them.
+  // also(i, a) sees the fragments of A.
+  template <class Of, class Also>
+  __device__ __forceinline__ void add_laid_out(const char* a, const char* w, int steps, int lane, Also also) {
+    constexpr int a_step = Of::a_across ? block_rows * Of::a_pitch : step_bytes;
+    constexpr int w_step = Of::w_across ? block_rows * Of::w_pitch : step_bytes;
+    constexpr int a_block = Of::a_across ? step_bytes : block_rows * Of::a_pitch;
+    constexpr int w_block = Of::w_across ? step_bytes : block_rows * Of::w_pitch;
+    const int upper = lane / 16, odd = lane / 8 % 2, eighth = lane % 8;
+    a += Of::a_across ? (upper * 8 + eighth) * Of::a_pitch + odd * 16 : (odd * 8 + eighth) * Of::a_pitch + upper * 16;
+    w += Of::w_across ? (odd * 8 + eighth) * Of::w_pitch + upper * 16 : (upper * 8 + eighth) * Of::w_pitch + odd * 16;
+    constexpr bool ahead = rows * columns != 64 * warp_size;
+    uint32_t of_a[2][rows / 16][4], of_w[2][4];
+    const auto load_a = [&](int step) {
 #pragma unroll
-      for (int i = 0; i < rows / 16; ++i) load_matrices(of_a[i], a_row + i * 16 * chunk_pitch);
+      for (int i = 0; i < rows / 16; ++i)
+        load_fragments<Of::a_across>(of_a[step % 2][i], a + step * a_step + i * a_block);
+    };
+    const auto load_w = [&](int step, int j) {
+      load_fragments<Of::w_across>(of_w[j % 2], w + step * w_step + j * w_block);
+    };
+    if (ahead) load_a(0);
+    load_w(0, 0);
+#pragma unroll
+    for (int step = 0; step < chunk_bytes / step_bytes; ++step) {
+      if (step >= steps) break;
+      const bool last = step + 1 == chunk_bytes / step_bytes;
+      if (!ahead) load_a(step);
+      uint32_t (&mine)[rows / 16][4] = of_a[step % 2];
+#pragma unroll
+      for (int i = 0; i < rows / 16; ++i) {
+        if (Of::a_raw) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) mine[i][e] = Multiply<Arithmetic>::operand(mine[i][e]);
+        }
+        also(i, mine[i]);
+      }
+      if (ahead && !last) load_a(step + 1);
 #pragma unroll
       for (int j = 0; j < columns / 16; ++j) {
-        uint32_t of_w[4];
-        load_matrices(of_w, w_row + j * 16 * chunk_pitch);
-        const uint32_t first[2] = {Multiply<Arithmetic>::operand(of_w[0]), Multiply<Arithmetic>::operand(of_w[1])};
-        const uint32_t second[2] = {Multiply<Arithmetic>::operand(of_w[2]), Multiply<Arithmetic>::operand(of_w[3])};
+        const uint32_t (&here)[4] = of_w[j % 2];
+        const uint32_t first[2] = {Multiply<Arithmetic>::operand(here[0]), Multiply<Arithmetic>::operand(here[1])};
+        const uint32_t second[2] = {Multiply<Arithmetic>::operand(here[2]), Multiply<Arithmetic>::operand(here[3])};
+        if (j + 1 < columns / 16)
+          load_w(step, j + 1);
+        else if (!last)
+          load_w(step + 1, 0);
 #pragma unroll
         for (int i = 0; i < rows / 16; ++i) {
-          Multiply<Arithmetic>::add(sums[i][2 * j], of_a[i], first);
-          Multiply<Arithmetic>::add(sums[i][2 * j + 1], of_a[i], second);
+          Multiply<Arithmetic>::add(sums[i][2 * j], mine[i], first);
+          Multiply<Arithmetic>::add(sums[i][2 * j + 1], mine[i], second);
         }
       }
     }
+  }
+
+  __device__ __forceinline__ void add(const char* a, const char* w, int steps, int lane) {
+    add_laid_out<AlongTheSum>(a, w, steps, lane, [](int, const uint32_t (&)[4]) {});
   }
 
   // Rows [16 block, +16) to to[row][column], rows `pitch` apart.
@@ -124,7 +183,9 @@ struct WarpTile<Exact, rows, columns> {
       for (int j = 0; j < columns / 8; ++j) sums[i][j] = 0.f;
   }
 
-  __device__ __forceinline__ void add(const char* a, const char* w, int steps, int lane) {
+  template <class Of, class Also>
+  __device__ __forceinline__ void add_laid_out(const char* a, const char* w, int steps, int lane, Also also) {
+    static_assert(!Of::a_across && !Of::w_across, "f32 is turned where it is copied");
     const char* a_row = a + lane / 8 * chunk_pitch;
     const char* w_row = w + lane % 8 * chunk_pitch;
 #pragma unroll 1
@@ -135,6 +196,7 @@ struct WarpTile<Exact, rows, columns> {
 #pragma unroll
       for (int i = 0; i < rows / 4; ++i) {
         const float4 of_a = *reinterpret_cast<const float4*>(a_row + i * 4 * chunk_pitch);
+        also(i, of_a);
 #pragma unroll
         for (int j = 0; j < columns / 8; ++j) {
           sums[i][j] = fmaf(of_a.x, of_w[j].x, sums[i][j]);
@@ -146,12 +208,50 @@ struct WarpTile<Exact, rows, columns> {
     }
   }
 
+  __device__ __forceinline__ void add(const char* a, const char* w, int steps, int lane) {
+    add_laid_out<AlongTheSum>(a, w, steps, lane, [](int, const float4&) {});
+  }
+
   __device__ __forceinline__ void lay_out(float* to, int pitch, int block, int lane) const {
     float* at = to + lane / 8 * pitch + lane % 8;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
       for (int j = 0; j < columns / 8; ++j) at[4 * i * pitch + 8 * j] = sums[4 * block + i][j];
+  }
+};
+
+// The sums of A's rows: one more product, with a matrix of ones.
+template <class Arithmetic, int rows>
+struct RowSums {
+  float sums[rows / 16][4] = {};
+
+  __device__ __forceinline__ void add(int i, const uint32_t (&a)[4]) {
+    const uint32_t ones[2] = {Multiply<Arithmetic>::ones, Multiply<Arithmetic>::ones};
+    Multiply<Arithmetic>::add(sums[i], a, ones);
+  }
+  // put(row, sum), by one lane for each row.
+  template <class Put>
+  __device__ __forceinline__ void write(int lane, Put put) const {
+    if (lane % 4 != 0) return;
+#pragma unroll
+    for (int i = 0; i < rows / 16; ++i) {
+      put(16 * i + lane / 4, sums[i][0]);
+      put(16 * i + lane / 4 + 8, sums[i][2]);
+    }
+  }
+};
+
+template <int rows>
+struct RowSums<Exact, rows> {
+  float sums[rows / 4] = {};
+
+  __device__ __forceinline__ void add(int i, const float4& a) { sums[i] += (a.x + a.y) + (a.z + a.w); }
+  template <class Put>
+  __device__ __forceinline__ void write(int lane, Put put) const {
+    if (lane % 8 != 0) return;
+#pragma unroll
+    for (int i = 0; i < rows / 4; ++i) put(4 * i + lane / 8, sums[i]);
   }
 };
 

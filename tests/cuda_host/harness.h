@@ -55,10 +55,13 @@ void test_shim();
 // All checks of forward() on one case, in the problem's dtype and layout: small integers or reals, addresses aligned to
 // 16 bytes or to one element only.
 void test_forward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide);
-// Larger problems, for the tilings that the table's small ones do not take; and that in all, every fused kernel ran.
+// Larger problems, for the tilings that the table's small ones do not take.
 void test_tilings(const Variant& variant);
+// What is an error and no launch.
+void test_refusals(const Variant& variant);
 // The same of backward(), and with `subsets` every choice of gradients.
 void test_backward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide,
                    bool subsets);
+void test_backward_tilings(const Variant& variant);
 
 }  // namespace fastsep_tests

@@ -98,6 +98,7 @@ void run_case(const Variant& variant, const Case& c, size_t index) {
     for (const bool integers : {true, false}) {
       const bool wide = (index / 2 + (layout == Layout::nhwc) + integers) % 2 == 0;
       cuda_host::multiprocessors = index % 3 == 0 ? 1 : 100;
+      cuda_host::enough_blocks = index % 3 == 1 ? 1 : 264;
       Problem depthwise = p;
       depthwise.out_channels = 0;
       depthwise.activation = Activation::identity;
@@ -113,6 +114,18 @@ void run_case(const Variant& variant, const Case& c, size_t index) {
   }
 }
 
+// Every kernel of a type, for each number of threads that it may be launched with.
+void test_coverage(const Variant& variant) {
+  constexpr size_t forward = 5 + 2 + 2;        // tilings with the taps as a window, in shared and in global memory
+  constexpr size_t depthwise = 7 * 2 + 7 + 2;  // channels-last with 256 and 64 threads, NCHW, general both ways
+  constexpr size_t weights = 5 + 5 + 1 + 1;    // channels-last, NCHW, general, the parts added up
+  constexpr size_t products = 4 * 2;
+  constexpr size_t all = forward + depthwise + weights + products;
+  expect(cuda_host::kernels.size() == all, std::string(variant.name) + ": cases ran " +
+                                               std::to_string(cuda_host::kernels.size()) + " of the " +
+                                               std::to_string(all) + " kernels");
+}
+
 int run(const std::vector<std::string>& paths) {
   std::vector<Case> cases;
   for (const std::string& path : paths)
@@ -124,9 +137,13 @@ int run(const std::vector<std::string>& paths) {
     children.push_back(fork());
     if (children.back() != 0) continue;
     tally = {};
+    cuda_host::kernels.clear();
     const auto begin = std::chrono::steady_clock::now();
     for (size_t i = 0; i < cases.size(); ++i) run_case(variant, cases[i], i);
     test_tilings(variant);
+    test_backward_tilings(variant);
+    test_refusals(variant);
+    test_coverage(variant);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
     std::cout << variant.name << ": " << cases.size() << " cases, " << tally.checks << " checks, " << tally.failures
               << " failed, " << seconds.count() << " s" << std::endl;

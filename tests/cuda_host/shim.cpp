@@ -12,7 +12,8 @@ namespace cuda_host {
 
 Order order = Order::forward;
 int multiprocessors = 4;
-std::set<const void*> kernels;
+int64_t enough_blocks = 264;
+std::set<std::pair<const void*, int>> kernels;
 Thread current = {};
 
 namespace {

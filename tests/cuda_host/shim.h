@@ -15,6 +15,7 @@
 #include <functional>
 #include <set>
 #include <type_traits>
+#include <utility>
 
 #include "fastsep_cuda.h"
 
@@ -28,7 +29,7 @@
 // ---- types of CUDA
 // ---------------------------------------------------------------------------------------------------
 
-struct uint2 {
+struct alignas(8) uint2 {
   uint32_t x, y;
 };
 struct alignas(16) uint4 {
@@ -40,7 +41,7 @@ struct alignas(16) int4 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
 };
 
@@ -96,9 +97,12 @@ inline float2 __bfloat1622float2(__nv_bfloat162 v) { return {__bfloat162float(v.
 namespace cuda_host {
 
 enum class Order { forward, backward };
-extern Order order;                    // in which threads and blocks run
-extern int multiprocessors;            // that the device pretends to have
-extern std::set<const void*> kernels;  // launched so far
+extern Order order;            // in which threads and blocks run
+extern int multiprocessors;    // that the device pretends to have
+extern int64_t enough_blocks;  // as csrc/cuda/common.cuh explains it
+
+// Launched so far: the kernel, and the threads of its blocks.
+extern std::set<std::pair<const void*, int>> kernels;
 
 struct Thread {
   dim3 thread, block, block_size, grid;
@@ -170,9 +174,12 @@ inline char* shared_memory() { return cuda_host::current.shared; }
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes, const Params& params, Queue) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
-  cuda_host::kernels.insert(reinterpret_cast<const void*>(kernel));
+  cuda_host::kernels.insert({reinterpret_cast<const void*>(kernel), threads});
   return cuda_host::run(grid, threads, shared_bytes, [&] { kernel(params); });
 }
+
+using cuda_host::check_aligned;
+using cuda_host::enough_blocks;
 
 inline int this_thread() { return static_cast<int>(threadIdx.x); }
 inline int multiprocessors(Queue) { return cuda_host::multiprocessors; }

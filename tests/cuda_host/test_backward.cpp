@@ -166,4 +166,34 @@ void test_backward(const Variant& variant, const Case& c, const Problem& p, bool
   Run{variant, c, p, integers, wide, subsets}.all();
 }
 
+void test_backward_tilings(const Variant& variant) {
+  struct Layer {
+    const char* line;
+    int64_t channels, size, out_channels, kernel, stride;
+  };
+  // A large d pointwise_weight in several parts; the depthwise kernels in blocks of 256 threads and of 64.
+  const Layer layers[] = {{"large products, 3 x 3", 72, 19, 88, 3, 1},
+                          {"large products, stride 2", 72, 21, 80, 3, 2},
+                          {"5 x 5", 36, 19, 24, 5, 1},
+                          {"5 x 5, stride 2", 36, 21, 24, 5, 2},
+                          {"7 x 7", 36, 19, 24, 7, 1}};
+  for (const Layer& layer : layers)
+    for (const Layout layout : {Layout::nchw, Layout::nhwc})
+      for (const Activation activation : {Activation::relu6, Activation::silu}) {
+        Case c = {layer.line, {}, true, true};
+        Problem& p = c.problem;
+        p.batch = 3, p.channels = layer.channels, p.height = p.width = layer.size, p.out_channels = layer.out_channels;
+        p.multiplier = 1, p.kernel_h = p.kernel_w = layer.kernel, p.stride_h = p.stride_w = layer.stride;
+        p.dilation_h = p.dilation_w = 1;
+        p.pad_top = p.pad_bottom = p.pad_left = p.pad_right = layer.kernel / 2;
+        p.dtype = variant.dtype, p.layout = layout;
+        p.mid_activation = p.activation = activation;
+        cuda_host::enough_blocks = 1;
+        test_backward(variant, c, p, false, true, false);
+        cuda_host::enough_blocks = 264;
+        p.batch = 1;
+        if (activation == Activation::relu6) test_backward(variant, c, p, false, true, false);
+      }
+}
+
 }  // namespace fastsep_tests

@@ -1,7 +1,6 @@
 // The fused forward pass on the host: see main.cpp for what is run on which case.
 #include <cmath>
 #include <cstring>
-#include <set>
 
 #include "harness.h"
 
@@ -9,8 +8,6 @@ namespace fastsep_tests {
 namespace {
 
 using namespace fastsep;
-
-std::set<const void*> fused_kernels;  // that ran since the last test_coverage()
 
 struct Run {
   const Variant& variant;
@@ -25,11 +22,9 @@ struct Run {
     const cuda::Options options = {variant.tf32};
     size_t bytes = 1;
     if (cuda::forward_workspace_bytes(p, options, &bytes) != Status::ok) return false;
-    cuda_host::kernels.clear();
     const Guarded workspace(bytes, Tight::end, 256);
     const cuda::Outcome outcome =
         cuda::forward(p, options, input.memory.as(), weights, output.memory.as(), workspace.as(), bytes, {0, nullptr});
-    if (p.out_channels > 0) fused_kernels.insert(cuda_host::kernels.begin(), cuda_host::kernels.end());
     return outcome.status == Status::ok && outcome.cuda_error == 0;
   }
 
@@ -94,12 +89,16 @@ void test_tilings(const Variant& variant) {
   struct Layer {
     const char* line;
     int64_t channels, size, out_channels, stride, dilation;
+    int multiprocessors = 1;
   };
-  const Layer layers[] = {{"128 x 128", 40, 17, 136, 1, 1},
+  const Layer layers[] = {{"128 x 256", 40, 17, 136, 1, 1},
+                          {"128 x 128", 40, 17, 120, 1, 1},
                           {"128 x 64", 40, 17, 56, 1, 1},
                           {"64 x 128, stride 2", 40, 33, 128, 2, 1},
                           {"64 x 128, dilation 2", 40, 17, 128, 1, 2},
-                          {"64 x 128, dilation 24", 40, 17, 128, 1, 24}};
+                          {"64 x 128, dilation 24", 40, 17, 128, 1, 24},
+                          // What patches hang over one pixel's tile would be 2^32 bytes, where 32 bits count.
+                          {"a stride far beyond the input", 8, 9, 64, 5554773, 1}};
   for (const Layer& layer : layers)
     for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
       Case c = {layer.line, {}, true, true};
@@ -107,16 +106,27 @@ void test_tilings(const Variant& variant) {
       p.batch = 1, p.channels = layer.channels, p.height = p.width = layer.size, p.out_channels = layer.out_channels;
       p.multiplier = 1, p.kernel_h = p.kernel_w = 3, p.stride_h = p.stride_w = layer.stride;
       p.dilation_h = p.dilation_w = layer.dilation;
-      p.pad_top = p.pad_bottom = p.pad_left = p.pad_right = layer.dilation;
+      p.pad_top = p.pad_bottom = p.pad_left = p.pad_right = layer.stride <= 2 ? layer.dilation : 0;
       p.dtype = variant.dtype, p.layout = layout;
       p.mid_activation = Activation::relu6, p.activation = Activation::hardswish;
-      cuda_host::multiprocessors = 1;
+      cuda_host::multiprocessors = layer.multiprocessors;
       test_forward(variant, c, p, false, true);
     }
-  // Four tilings with the taps as a window, two each with them in shared and in global memory.
-  expect(fused_kernels.size() == 8, std::string(variant.name) + ": cases ran " + std::to_string(fused_kernels.size()) +
-                                        " of the 8 kernels of the fused forward pass");
-  fused_kernels.clear();
+}
+
+void test_refusals(const Variant& variant) {
+  // More tiles than a grid has blocks: an error, and nothing is launched, so that there need be no tensors.
+  for (const int64_t kernel : {3, 4}) {
+    Case c = {"more tiles than blocks", {}, false, false};
+    Problem& p = c.problem;
+    p.batch = int64_t{1} << 20, p.channels = p.multiplier = 1, p.out_channels = int64_t{1} << 29;
+    p.height = p.width = p.kernel_h = p.kernel_w = kernel;
+    p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = 1;
+    p.dtype = variant.dtype, p.layout = Layout::nhwc;
+    const cuda::Outcome outcome = cuda::forward(p, {variant.tf32}, nullptr, {}, nullptr, nullptr, 0, {0, nullptr});
+    expect(outcome.status == Status::ok && outcome.cuda_error == cudaErrorInvalidConfiguration, variant, c, p,
+           "not refused");
+  }
 }
 
 }  // namespace fastsep_tests
