@@ -39,16 +39,23 @@ def find_tool(name: str) -> str:
     return path
 
 
+def find_pybind11() -> list[str]:
+    """Nothing where it is not installed: then CMake takes the headers that come with torch."""
+    try:
+        import pybind11
+    except ImportError:
+        return []
+    return [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         find_compiler()
         cmake = find_tool("cmake")
         configure = [cmake, "-S", ROOT, "-B", BUILD, "-G", "Ninja"]
         # The tools may lie in an environment that lives for this build only: name them anew each time.
         configure += [f"-DCMAKE_MAKE_PROGRAM={find_tool('ninja')}", f"-DPython_EXECUTABLE={sys.executable}"]
-        configure += [f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", *os.environ.get("CMAKE_ARGS", "").split()]
+        configure += [*find_pybind11(), *os.environ.get("CMAKE_ARGS", "").split()]
         for command in (
             configure,
             [cmake, "--build", BUILD],

@@ -25,37 +25,57 @@ python=$(command -v python || command -v python3)
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 export FASTSEP_COMMIT=${FASTSEP_COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
 total=530
+reserved=130 # for the matrix and the report, whatever the stages before it take
 failed=0
 
 # What was done for another commit says nothing of this one.
 if [[ $(cat "$folder/commit" 2>/dev/null) != "$FASTSEP_COMMIT" ]]; then
-  rm -f "$folder"/*.stage "$folder"/rows.jsonl
+  rm -f "$folder"/*.stage "$folder"/*.passed "$folder"/rows.jsonl
   echo "$FASTSEP_COMMIT" >"$folder/commit"
 fi
 
 # stage NAME SECONDS COMMAND...: within its limit and what is left of the whole. Says in NAME.stage how it went.
 stage() {
-  local name=$1 limit=$2 begin=$SECONDS status
+  local name=$1 limit=$2 begin=$SECONDS status left=$((total - reserved - SECONDS))
   shift 2
   if grep -qs '^passed' "$folder/$name.stage"; then
     echo "== $name: $(cat "$folder/$name.stage"), before"
     return 0
   fi
-  ((limit > total - SECONDS)) && limit=$((total - SECONDS))
+  ((limit > left)) && limit=$left
   if ((limit < 5)); then
-    echo "left out, no time" >"$folder/$name.stage"
+    echo "left out, no time: run again to go on" >"$folder/$name.stage"
   else
     timeout --kill-after=5 "$limit" "$@" >"$folder/$name.log" 2>&1
     status=$?
     case $status in
       0) echo "passed, $((SECONDS - begin)) s" >"$folder/$name.stage" ;;
       3) echo "not finished, $((SECONDS - begin)) s: run again to go on" >"$folder/$name.stage" ;;
-      124 | 137) echo "ran out of its $limit s" >"$folder/$name.stage" ;;
+      124 | 137) echo "ran out of its $limit s: run again to go on" >"$folder/$name.stage" ;;
       *) echo "FAILED with status $status, $((SECONDS - begin)) s, see $name.log" >"$folder/$name.stage" ;;
     esac
   fi
   echo "== $name: $(cat "$folder/$name.stage")"
   grep -q '^passed' "$folder/$name.stage" || { failed=1 && tail -n 15 "$folder/$name.log" 2>/dev/null; }
+}
+
+# What the stages want of the machine, in plain words before any of them fails for the lack of it.
+needs() {
+  "$python" - <<'EOF'
+import importlib.util, shutil, sys
+def missing(name, without):
+    if importlib.util.find_spec(name) is None:
+        print(f"missing for {sys.executable}: {name}, {without}")
+missing("torch", "without which nothing here runs")
+missing("pytest", "without which the tests are not run")
+missing("expecttest", "without which torch.library.opcheck is not run")
+missing("rich", "without which the command line is not tested; tables are plain text")
+missing("pybind11", "in whose place the build takes the headers that come with torch")
+for name, without in (("cmake", "without which nothing is built"), ("nvcc", "without which nothing is built"),
+                      ("compute-sanitizer", "without which no sanitizer runs")):
+    if shutil.which(name) is None and shutil.which(name, path="/usr/local/cuda/bin") is None:
+        print(f"missing: {name}, {without}")
+EOF
 }
 
 # Straight to CMake: no build environment is made, so nothing is looked for on a network.
@@ -78,26 +98,44 @@ sanitizer() {
     "$python" benchmarks/gpu_matrix.py exercise
 }
 export -f build sanitizer
-export python
+export python PATH=$PATH:/usr/local/cuda/bin
 
+# The tests in shares, each of which goes on behind what has passed: those of values, those that compile, the rest.
+values="bound or tiling or products or exact or bits or travel or views or no_images or without_kernels or gradients_of"
+compiles="compile or opcheck"
+tests() {
+  local name=$1 limit=$2 marked=$3 chosen=$4 how=(benchmarks/gpu_tests.py "$folder/$1.passed" --maxfail=20)
+  ((${#dry[@]})) && how=(-m pytest -q -p no:cacheprovider --collect-only)
+  stage "$name" "$limit" "$python" "${how[@]}" -m "$marked" -k "$chosen" tests/test_cuda.py
+}
+
+needs
 if ((${#dry[@]})); then
   stage build 60 "$python" -c 'from fastsep import _core'
-  stage tests 60 "$python" -m pytest -q -p no:cacheprovider -m cuda --collect-only tests/test_cuda.py
 else
   stage build 170 bash -c build
-  stage tests 120 "$python" -m pytest -q -p no:cacheprovider --maxfail=20 -m "cuda and not slow" tests/test_cuda.py
 fi
+tests values 110 "cuda and not slow" "$values"
+tests behaviour 60 "cuda and not slow" "not ($values) and not ($compiles)"
+tests compiled 60 "cuda and not slow" "$compiles"
+tests large 60 "cuda and slow" ""
 for tool in memcheck racecheck synccheck initcheck; do
   if ((${#dry[@]})); then
     stage "$tool" 20 "$python" benchmarks/gpu_matrix.py exercise --dry-run
   elif command -v compute-sanitizer >/dev/null; then
-    stage "$tool" 25 bash -c "sanitizer $tool"
+    stage "$tool" 60 bash -c "sanitizer $tool"
   else
-    echo "left out, compute-sanitizer was not found" | tee "$folder/$tool.stage"
+    echo "left out, compute-sanitizer was not found" >"$folder/$tool.stage"
+    echo "== $tool: $(cat "$folder/$tool.stage")"
+    failed=1
   fi
 done
-# The matrix ends by itself in time, and what it has measured stays.
-left=$((total - SECONDS - 20))
-stage matrix $((left + 5)) "$python" benchmarks/gpu_matrix.py measure "${dry[@]}" --seconds $((left - 10)) "$folder"
+# The matrix ends by itself in time, and what it has measured stays. What torch.compile makes takes seconds a cell: it
+# comes last, and over several runs.
+reserved=10
+left=$((total - SECONDS - reserved))
+stage matrix "$left" "$python" benchmarks/gpu_matrix.py measure "${dry[@]}" --seconds $((left - 15)) "$folder"
+left=$((total - SECONDS - reserved))
+stage compare "$left" "$python" benchmarks/gpu_matrix.py measure --compiled "${dry[@]}" --seconds $((left - 25)) "$folder"
 "$python" benchmarks/gpu_matrix.py report "${dry[@]}" "$folder" | tee "$folder/table.txt"
 exit $failed

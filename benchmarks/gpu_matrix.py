@@ -19,27 +19,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
+import gpu_report
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from fastsep import _cuda_kernels, _native, _plan
+from fastsep import _cuda_kernels, _cuda_model, _native, _plan
 from fastsep._activations import ACTIVATIONS
 from fastsep._case import DTYPES, LAYOUTS, Case, format_case, parse_case
 from fastsep._check import SELF_TEST, operands
+from fastsep._cuda_model import ADDMM, BACKWARD, DEPTHWISE, FORWARD, FUSED, TORCH
 from fastsep.bench import contenders, engine, machine
 from fastsep.bench.contenders import Subject, Task
-from fastsep.bench.engine import Contender, Local, OnGpu, Race, Sample, geometric_mean
+from fastsep.bench.engine import Contender, Local, OnGpu, Race, Sample
 from fastsep.bench.layers import distinct, load, phase_operations, traffic
 
 BATCHES = (128, 1, 32)
 DTYPES_MEASURED = ("bfloat16", "tf32", "float16", "float32")
-PATHS = _plan.FUSED, _plan.DEPTHWISE
 GRAPH_CALLS = 16
 UNFINISHED = 3  # the exit status where time ran out, known to gpu_check.sh
 # Shorter than on a CPU, where interrupts disturb: a cell of ten contenders takes a third of a second.
@@ -51,15 +49,27 @@ class Cell:
     case: Case  # of float32 where dtype is tf32
     dtype: str
     phase: str
-    kind: str = ""  # "" or "compile", which takes seconds to make
+    kind: str = ""  # "" or "compile" and a layout: a program that takes seconds to make
 
     @property
     def key(self) -> str:
         return " ".join([self.case.name, f"batch {self.case.n}", self.dtype, self.phase, self.kind]).strip()
 
 
-def cells(dry_run: bool) -> Iterator[Cell]:
-    """The most telling ones first, for where time runs out."""
+def cells(dry_run: bool) -> list[Cell]:
+    """For where time runs out, those of a target first, and what torch.compile makes last."""
+
+    def turn(cell: Cell) -> int:
+        if cell.case.k:
+            of_a_target = cell.dtype == "bfloat16" and cell.case.n in (128, 1)
+        else:
+            of_a_target = cell.case.n == 128
+        return 2 if cell.kind else 0 if of_a_target else 1
+
+    return sorted(_all_cells(dry_run), key=turn)
+
+
+def _all_cells(dry_run: bool) -> Iterator[Cell]:
     layers = [*distinct(load("mobilenet_v1").layers), *load("gpu").layers]
     batches, dtypes = BATCHES, DTYPES_MEASURED
     if dry_run:
@@ -72,15 +82,14 @@ def cells(dry_run: bool) -> Iterator[Cell]:
     for batch in batches:
         for dtype, phase, case in itertools.product(dtypes, ("forward", "training"), layers):
             yield Cell(sized(case, batch, dtype), dtype, phase)
-        for dtype, case in itertools.product(dtypes[:2], layers):
-            half = replace(sized(case, batch, dtype), k=0, b=0, act="identity", name=f"{case.name}_depthwise")
+        for dtype, case in itertools.product(("bfloat16", "float32"), layers):
             for phase in ("input-gradient", "weight-gradient"):
-                yield Cell(half, dtype, phase)
+                yield Cell(gpu_report.half(sized(case, batch, dtype)), dtype, phase)
     if not dry_run:
-        for batch, phase, dtype, case in itertools.product(
-            (128, 1), ("forward", "training"), dtypes[:2], layers
+        for layout, batch, dtype, phase, case in itertools.product(
+            ("nhwc", "nchw"), batches, dtypes, ("forward", "training"), layers
         ):
-            yield Cell(sized(case, batch, dtype), dtype, phase, "compile")
+            yield Cell(sized(case, batch, dtype), dtype, phase, f"compile {layout}")
 
 
 class FromGraph(Contender):
@@ -139,6 +148,29 @@ def naive(case: Case, x: Tensor, tensors: dict[str, Tensor | None]) -> Tensor:
     return ACTIVATIONS[case.act].forward(y if b is None else y + b[:, None, None])
 
 
+def naive_run(task: Task) -> Callable[[], list[Tensor]]:
+    """One forward pass by naive(), or one with all gradients."""
+    case = task.case
+    if task.phase == "forward":
+        return lambda: [naive(case, task.input, task.tensors)]
+    given = {name: None if t is None else t.clone().requires_grad_() for name, t in task.tensors.items()}
+    names = "input", "depthwise_weight", "pointwise_weight", "bias", "depthwise_bias"
+    leaves = [tensor for name in names if (tensor := given[name]) is not None]
+    grad = case.gradient(device=task.device)
+
+    def step() -> list[Tensor]:
+        return list(torch.autograd.grad(naive(case, leaves[0], given), leaves, grad))
+
+    return step
+
+
+def own_paths(case: Case, phase: str) -> list[str]:
+    """Those that are measured by themselves; torch's alone is among the contenders anyway."""
+    if not case.k:
+        return [DEPTHWISE]
+    return [FUSED, DEPTHWISE] + [ADDMM] * (case.layout == "nhwc" and phase == "forward")
+
+
 def subjects_of(cell: Cell, device: str, stack: ExitStack) -> tuple[dict[str, Contender], list[str]]:
     """Who takes part in a cell, checked against each other; and why some do not."""
     made: dict[str, Contender] = {}
@@ -147,27 +179,27 @@ def subjects_of(cell: Cell, device: str, stack: ExitStack) -> tuple[dict[str, Co
         task = Task(
             (case := replace(cell.case, layout=layout)), cell.phase, device, 1, case.tensors(device=device)
         )
-        if cell.kind == "compile":
-            if layout == "nhwc":
-                made["compile"] = contenders.build(task, ["compile"], stack)["compile"].contender
+        if cell.kind:
+            if cell.kind == f"compile {layout}":
+                made[cell.kind] = contenders.build(task, ["compile"], stack)["compile"].contender
             continue
         found = contenders.build(task, [], stack)
         found.pop("unfrozen", None)
-        if cell.phase == "forward":
-            run = partial(naive, case, task.input, task.tensors)
-            kind = OnGpu if device == "cuda" else Local
-            found["naive"] = Subject(kind(run), lambda run=run: [run()])
+        if cell.phase in ("forward", "training"):
+            run = naive_run(task)
+            found["naive"] = Subject((OnGpu if device == "cuda" else Local)(run), run)
         contenders.verify(task, found)
         for name in ("fastsep", "naive"):
             if name in found:
                 made[f"{name} {layout}"] = found[name].contender
         if f"torch {layout}" in found:
             made[f"torch {layout}"] = found[f"torch {layout}"].contender
-        for path in PATHS if case.k else PATHS[1:]:
+        for path in own_paths(case, cell.phase):
             with _plan.force(path):
                 contenders.verify(task, {name: found[name] for name in ("fastsep", "torch nchw")})
             made[f"{path} {layout}"] = ByPath(found["fastsep"].contender, path)
-        if cell.case.n == 1 and device == "cuda":
+        # Not the backward pass alone: its forward pass ran on another stream than that of the capture.
+        if cell.case.n == 1 and device == "cuda" and cell.phase in ("forward", "training"):
             for name in ("fastsep", f"torch {layout}"):
                 try:
                     made[f"graph {name.split()[0]} {layout}"] = FromGraph(found[name].contender.run)
@@ -189,12 +221,15 @@ def kernel_names(run: Callable[[], object]) -> list[str]:
 
 def planned(cell: Cell, layout: str) -> list[str]:
     """What the model chooses for a cell, in the phases that it has."""
-    problem = replace(cell.case, layout=layout).problem
-    paths = dict.fromkeys((*PATHS, _plan.TORCH) if cell.case.k else (*PATHS[1:], _plan.TORCH), lambda: None)
-    phases = [_plan.FORWARD] * (cell.phase in ("forward", "training"))
-    phases += [_plan.BACKWARD] * (cell.phase != "forward")
-    gpu = _plan.Gpu.of(0)
-    return [_plan.by_model(problem, phase, cell.dtype == "tf32", gpu, paths).path for phase in phases]
+    case = replace(cell.case, layout=layout)
+    phases = [FORWARD] * (cell.phase in ("forward", "training")) + [BACKWARD] * (cell.phase != "forward")
+    gpu, tf32, asked = _cuda_model.Gpu.of(0), cell.dtype == "tf32", gpu_report.asked_of(case)
+
+    def chosen(phase: str) -> str:
+        paths = dict.fromkeys([*own_paths(case, phase), TORCH], lambda: None)
+        return _plan.by_model(case.problem, phase, tf32, gpu, paths, asked).path
+
+    return [chosen(phase) for phase in phases]
 
 
 def measure_cell(cell: Cell, device: str, seconds: float, bandwidth: float, peak: float) -> dict:
@@ -241,7 +276,8 @@ def measure(arguments: argparse.Namespace) -> int:
     begin, folder = time.monotonic(), arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     done = {row["key"] for row in rows_of(folder) if "seconds" in row}
-    open_cells = [cell for cell in cells(arguments.dry_run) if cell.key not in done]
+    wanted = [cell for cell in cells(arguments.dry_run) if bool(cell.kind) == arguments.compiled]
+    open_cells = [cell for cell in wanted if cell.key not in done]
     if not open_cells:
         return 0
     isa = "" if device == "cuda" else _native.core.best_isa()
@@ -266,81 +302,13 @@ def measure(arguments: argparse.Namespace) -> int:
             file.flush()
             if device == "cuda":
                 torch.cuda.empty_cache()
-    rows = rows_of(folder)
-    left = len(list(cells(arguments.dry_run))) - len({row["key"] for row in rows})
-    print(f"{len(rows)} cells measured, {left} left")
+    tried = {row["key"] for row in rows_of(folder)}
+    left = sum(cell.key not in tried for cell in wanted)
+    print(f"{len(wanted) - left} cells measured, {left} left")
     return 1 if failed else (UNFINISHED if left else 0)
 
 
 # ---- the report
-
-
-def best(row: dict, name: str) -> float | None:
-    """Median of a contender in its better layout."""
-    found = [
-        row["seconds"][f"{name} {layout}"][1] for layout in LAYOUTS if f"{name} {layout}" in row["seconds"]
-    ]
-    return min(found, default=None)
-
-
-def factors(rows: list[dict]) -> dict[str, float]:
-    """For fastsep/cuda_factors.json: measured over modelled time, in geometric mean over the layers."""
-    gpu = _plan.Gpu.of(0)
-    ratios: dict[str, list[float]] = {}
-    for row in rows:
-        case, tf32 = parse_case(row["case"]), row["dtype"] == "tf32"
-        for layout, path in itertools.product(LAYOUTS, (*PATHS, _plan.TORCH)):
-            name = f"{path} {layout}"
-            if name not in row["seconds"] or row["phase"] not in ("forward", "training"):
-                continue
-            problem, seconds = replace(case, layout=layout).problem, row["seconds"][name][1]
-            phase = _plan.FORWARD
-            modelled = _plan.modelled(problem, _plan.FORWARD, path, gpu, tf32)
-            if row["phase"] == "training":  # less the forward pass, which was measured too
-                forward = next(
-                    (r for r in rows if r["key"] == row["key"].replace("training", "forward")), None
-                )
-                if forward is None or name not in forward["seconds"]:
-                    continue
-                phase, seconds = _plan.BACKWARD, seconds - forward["seconds"][name][1]
-                modelled = _plan.modelled(problem, _plan.BACKWARD, path, gpu, tf32)
-            if seconds > 0:
-                ratios.setdefault(_plan.factor_key(problem, phase, path, tf32), []).append(seconds / modelled)
-    return {key: round(geometric_mean(found), 4) for key, found in sorted(ratios.items())}
-
-
-def summary(rows: list[dict]) -> list[dict]:
-    """By batch, dtype and phase: geometric means over the layers, against torch's better layout."""
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        fastsep, torch_ = best(row, "fastsep"), best(row, "torch")
-        if fastsep and torch_:
-            case = parse_case(row["case"])
-            whole = "pair" if case.k else "depthwise"
-            groups.setdefault((whole, case.n, row["dtype"], row["phase"]), []).append(row)
-    found = []
-    for (whole, batch, dtype, phase), members in groups.items():
-        speedups = [best(row, "torch") / best(row, "fastsep") for row in members]
-        graphs = [
-            best(row, "graph torch") / best(row, "graph fastsep")
-            for row in members
-            if best(row, "graph fastsep")
-        ]
-        found.append(
-            {
-                "what": whole,
-                "batch": batch,
-                "dtype": dtype,
-                "phase": phase,
-                "layers": len(members),
-                "speedup": geometric_mean(speedups),
-                "slowest": min(speedups),
-                "speedup_in_graphs": geometric_mean(graphs) if graphs else None,
-                "terabytes_per_second": max(row["bytes"] / best(row, "fastsep") for row in members) / 1e12,
-                "share_of_roof": geometric_mean(row["roof"] / best(row, "fastsep") for row in members),
-            }
-        )
-    return found
 
 
 def commit() -> str:
@@ -355,6 +323,7 @@ def report(arguments: argparse.Namespace) -> int:
     device, folder = "cpu" if arguments.dry_run else "cuda", arguments.folder
     rows = rows_of(folder)
     good = [row for row in rows if "seconds" in row]
+    held, offenders = gpu_report.slower(good)
     stages = {path.stem: path.read_text(encoding="utf-8").strip() for path in sorted(folder.glob("*.stage"))}
     result = {
         "dry_run": arguments.dry_run,
@@ -362,50 +331,53 @@ def report(arguments: argparse.Namespace) -> int:
         "versions": machine.versions(device),
         "commit": commit(),
         "stages": stages,
-        "summary": summary(good),
+        "targets": [target.as_json() for target in gpu_report.targets(good)],
+        "held_against_torch": held,
+        "slower_than_torch": offenders,
+        "summary": gpu_report.summary(good),
         "rows": rows,
     }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if device == "cuda" and good:
-        found = {"gpus": {torch.cuda.get_device_name(0): factors(good)}}
+        found = {"gpus": {torch.cuda.get_device_name(0): gpu_report.factors(good)}}
         (folder / "factors.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    console = Console(width=120)
-    versions = ", ".join(f"{name} {version}" for name, version in machine.versions(device).items())
-    console.print(f"{result['device']}, {versions}, {result['commit']}", highlight=False)
-    for name, text in stages.items():
-        console.print(f"{name}: {text}", highlight=False)
-    table = Table(
-        "what", "batch", "dtype", "phase", "layers", "speedup", "slowest", "in graphs", "TB/s", "of roof"
-    )
-    for group in result["summary"]:
-        numbers = [
-            "" if group[name] is None else f"{group[name]:.2f}"
-            for name in ("speedup", "slowest", "speedup_in_graphs", "terabytes_per_second", "share_of_roof")
-        ]
-        table.add_row(
-            group["what"], str(group["batch"]), group["dtype"], group["phase"], str(group["layers"]), *numbers
-        )
-    console.print(table)
-    for row in rows:
-        if "error" in row:
-            console.print(f"failed: {row['key']}: {row['error']}", markup=False)
+    print(gpu_report.text(result), end="")
     return 0
 
 
 # ---- for sanitizers
 
 
+# What the table of a self-test leaves out: every depthwise kernel that is laid out for its size and stride.
+EXERCISES = [
+    "name=wide n=2 c=136 h=9 w=10 k=136 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1 db=1 b=1 mid=relu6 act=relu",
+    "name=stride_2 n=2 c=40 h=17 w=18 k=24 kh=3 kw=3 sh=2 sw=2 pt=1 pb=1 pl=1 pr=1 db=1 b=1 act=relu",
+    "name=kernel_5 c=40 h=13 w=18 k=24 kh=5 kw=5 pt=2 pb=2 pl=2 pr=2 db=1 b=1 mid=silu act=silu",
+    "name=kernel_5_stride_2 c=40 h=17 w=18 k=0 kh=5 kw=5 sh=2 sw=2 pt=2 pb=2 pl=2 pr=2 db=1 mid=relu",
+    "name=kernel_7 c=40 h=15 w=18 k=24 kh=7 kw=7 pt=3 pb=3 pl=3 pr=3 b=1 act=gelu",
+    "name=dilation_2 c=40 h=13 w=18 k=0 kh=3 kw=3 dh=2 dw=2 pt=2 pb=2 pl=2 pr=2 db=1",
+    "name=sides_that_differ c=40 h=17 w=18 k=0 kh=3 kw=3 sh=2 sw=2 pb=1 pr=1 mid=relu",
+]
+TILINGS = Path(__file__).resolve().parent.parent / "tests" / "cuda_tilings.txt"
+
+
+def exercises() -> Iterator[tuple[int, Case]]:
+    """Problems, and for how many multiprocessors their tilings are chosen: 0 for the GPU's."""
+    for line in [*SELF_TEST, *EXERCISES]:
+        yield 0, parse_case(line)
+    for line in TILINGS.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            yield int(line.split()[0]), parse_case(line)
+
+
 def exercise(arguments: argparse.Namespace) -> int:
     """Forward and all gradients of small problems, by the native kernels and nothing of torch's."""
     if arguments.dry_run:
-        print("exercise: nothing to run without a GPU")
+        print(f"exercise: {len(list(exercises()))} problems, and no GPU to run them")
         return 0
-    lines = [
-        *SELF_TEST,
-        "name=wide n=2 c=136 h=9 w=10 k=136 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1 db=1 b=1 mid=relu6 act=relu",
-    ]
-    for line, dtype, layout in itertools.product(lines, ("float32", "tf32", "float16", "bfloat16"), LAYOUTS):
-        case = replace(parse_case(line), dtype="float32" if dtype == "tf32" else dtype, layout=layout)
+    dtypes = ("float32", "tf32", "float16", "bfloat16")
+    for (multiprocessors, line), dtype, layout in itertools.product(exercises(), dtypes, LAYOUTS):
+        case = replace(line, dtype="float32" if dtype == "tf32" else dtype, layout=layout)
         set_tf32(dtype == "tf32")
         tensors = operands({name: None if t is None else t.cuda() for name, t in case.tensors().items()})
         geometry = (
@@ -413,11 +385,12 @@ def exercise(arguments: argparse.Namespace) -> int:
             *(case.mid, case.act),
         )
         needed = [tensor is not None for tensor in tensors]
-        for path in PATHS[:1] if case.k else PATHS[1:]:
-            with _plan.force(path), torch.no_grad():
-                y = _cuda_kernels.forward_kernel(*tensors, None, *geometry)
-                _cuda_kernels.backward_kernel(case.gradient().cuda(), *tensors, None, *geometry, needed)
-                assert y.dtype is DTYPES[case.dtype]
+        _native.cuda.pretend_multiprocessors(multiprocessors)
+        with _plan.force(FUSED if case.k else DEPTHWISE), torch.no_grad():
+            y = _cuda_kernels.forward_kernel(*tensors, None, *geometry)
+            _cuda_kernels.backward_kernel(case.gradient().cuda(), *tensors, None, *geometry, needed)
+            assert y.dtype is DTYPES[case.dtype]
+    _native.cuda.pretend_multiprocessors(0)
     torch.cuda.synchronize()
     print("exercised")
     return 0
@@ -437,6 +410,9 @@ def main() -> int:
         if function is measure:
             command.add_argument(
                 "--seconds", type=float, default=200.0, help="to go on for (default: %(default)s)"
+            )
+            command.add_argument(
+                "--compiled", action="store_true", help="torch.compile's cells, not the others"
             )
             command.add_argument("--seconds-each", type=float, default=0.0, help="for a cell, at least")
     arguments = parser.parse_args()

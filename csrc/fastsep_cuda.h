@@ -14,10 +14,13 @@
 namespace fastsep {
 namespace cuda {
 
-// Where to run: device is CUDA's index of it, and the device must be current; stream is a cudaStream_t of it.
+// Where to run: device is CUDA's index of it, and the device must be current; stream is a cudaStream_t of it. Tilings
+// are chosen as for so many multiprocessors, 0 for those of the device; with another number a test reaches each with
+// little.
 struct Queue {
   int device;
   void* stream;
+  int multiprocessors = 0;
 };
 
 struct Options {

@@ -292,6 +292,10 @@ def _depthwise_vmap_rule(info: Any, in_dims: tuple[int | None, ...], *args: Any)
     return _of_half(partial(_vmap_rule, info, (grad, input, weight, None, bias, None, None)))(*args)
 
 
+# For tensors of a GPU; _cuda_kernels.py puts its own in this place.
+cuda_kernel: Callable[..., list[Tensor]] = composed_kernel
+
+
 def call(*args: Any) -> list[Tensor]:
     """The operator that takes these arguments, by way of the dispatcher."""
     if args[3] is None:
@@ -303,8 +307,9 @@ def call(*args: Any) -> list[Tensor]:
 def run(*args: Any) -> list[Tensor]:
     """The operator that takes these arguments."""
     # Autograd may hand on a zero that has no memory.
-    direct = _ops.past_dispatcher(*args[:7]) and not args[0]._is_zerotensor()
-    return cpu_kernel(*args) if direct else call(*args)
+    if not _ops.past_dispatcher(*args[:7]) or args[0]._is_zerotensor():
+        return call(*args)
+    return cpu_kernel(*args) if args[0].is_cpu else cuda_kernel(*args)
 
 
 def _reported(kernel: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:

@@ -9,6 +9,9 @@ def architectures() -> str:
 def runtime_version() -> int:
     """Of the CUDA runtime in the module: 13000 for 13.0."""
 
+def pretend_multiprocessors(count: int, /) -> None:
+    """For tests: has tilings chosen as on a GPU of so many, 0 for its own number; ValueError below that."""
+
 def derivative_from_output(activation: int) -> bool: ...
 
 # A problem is the 20 integers of _core.pyi, its dtype 0 float32, 2 float16 or 3 bfloat16. With tf32, products

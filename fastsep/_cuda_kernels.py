@@ -1,113 +1,67 @@
-"""The operators on tensors of a GPU: what is queued there for each path that fastsep/_plan.py may choose.
+"""The operators on tensors of a GPU. fastsep/_plan.py chooses among the paths of fastsep/_cuda_paths.py.
 
-Everything goes to the current stream of the tensors' device, and memory comes from torch's allocator. Nothing
-waits for the device, but where FASTSEP_VERBOSE or torch.backends.cudnn.benchmark asks for times.
+The first call of a kind finds out what serves it, and the rest look that up: a dictionary, the output's
+memory, a launch. Nothing waits for the device, but where FASTSEP_VERBOSE or torch.backends.cudnn.benchmark
+asks for times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import _backward, _native, _ops, _plan
-from ._activations import ACTIVATIONS, IN_PLACE
-from ._ops import address, dense_weights
-from ._plan import BACKWARD, DEPTHWISE, FORWARD, FUSED, TORCH, Problem
+from ._cuda_model import BACKWARD, FORWARD, Asked, Problem
+from ._cuda_paths import (
+    Backward,
+    BackwardPath,
+    Five,
+    Forward,
+    ForwardPath,
+    Weight,
+    allows_tf32,
+    products_allow_tf32,
+)
 
 T = TypeVar("T")
-Weight = Tensor | None
-Five = tuple[Tensor, Tensor, Weight, Weight, Weight]  # input, weights and biases, in the operator's order
 
-# Activations of which the slope at v is the same as at their value.
-_SAME_SLOPE_AT_OUTPUT = ("identity", "relu", "relu6", "leaky_relu")
+_benchmark = torch._C._get_cudnn_benchmark  # torch.backends.cudnn.benchmark, without a property's way to it
 
 
-def allows_tf32() -> bool:
-    """Whether torch's convolutions of float32 may be rounded to TF32."""
-    cudnn: Any = torch.backends.cudnn
-    try:
-        return bool(cudnn.allow_tf32)
-    except RuntimeError:  # convolutions and recurrent networks were told different things, by the newer names
-        return bool(cudnn.conv.fp32_precision == "tf32")
-
-
-def stream_of(device: torch.device) -> int:
-    return int(torch.cuda.current_stream(device).cuda_stream)
-
-
-def workspace_of(size: int, device: torch.device) -> Tensor | None:
-    return torch.empty(size, dtype=torch.uint8, device=device) if size else None
-
-
-def half_of(problem: Problem) -> Problem:
-    """The depthwise half alone."""
-    return (*problem[:4], 0, *problem[5:19], 0)
-
-
-def compose_in_place(tensors: Five, geometry: tuple[Any, ...]) -> Tensor:
-    """As compose(), for tensors that nobody watches: activations overwrite the convolutions' results."""
-    input, depthwise_weight, pointwise_weight, depthwise_bias, bias = tensors
-    *sizes, mid_activation, activation = geometry
-    half: Any = depthwise_weight, None, depthwise_bias, None, *sizes, "identity", "identity"
-    u = activate(_ops.compose(input, *half), mid_activation)
-    return u if pointwise_weight is None else activate(F.conv2d(u, pointwise_weight, bias), activation)
-
-
-def activate(x: Tensor, activation: str) -> Tensor:
-    return IN_PLACE.get(activation, ACTIVATIONS[activation].forward)(x)
-
-
-# The native kernels.
-
-
-def native_forward(
-    tensors: Five, problem: Problem, shape: Sequence[int], format: torch.memory_format, tf32: bool
-) -> Tensor:
-    cuda: Any = _native.cuda
-    input, device = tensors[0].contiguous(memory_format=format), tensors[0].device
-    output = torch.empty(shape, dtype=input.dtype, device=device, memory_format=format)
-    # Named, so that a dense copy lives until all is queued.
-    dw, pw, db, b = dense_weights(*tensors[1:])
-    size = cuda.forward_workspace_bytes(problem, tf32)
-    workspace = workspace_of(size, device)
-    cuda.forward(
-        *(problem, tf32, input.data_ptr(), address(dw), address(db), address(pw), address(b)),
-        *(output.data_ptr(), address(workspace), size, device.index, stream_of(device)),
+def key_of(tensors: Five, stride: Any, padding: Any, dilation: Any, *rest: Any) -> tuple[Any, ...]:
+    """All that tells apart calls which different things may be decided for."""
+    input, dw, pw, db, b = tensors
+    dtype = input.dtype
+    aligned = input.data_ptr() | dw.data_ptr()
+    of_pw = of_db = of_b = None
+    if pw is not None:
+        of_pw = pw.shape, pw.dtype, pw.device
+        aligned |= pw.data_ptr()
+    if db is not None:
+        of_db = db.shape, db.dtype, db.device
+    if b is not None:
+        of_b = b.shape, b.dtype, b.device
+    exact = dtype is torch.float32 and (allows_tf32(), products_allow_tf32())
+    return (
+        *(
+            input.shape,
+            input.stride(),
+            dtype,
+            input.device,
+            dw.shape,
+            dw.dtype,
+            dw.device,
+            of_pw,
+            of_db,
+            of_b,
+        ),
+        *(tuple(stride), tuple(padding), tuple(dilation), *rest, exact, aligned % 16 == 0),
+        *(_benchmark(), _plan.forced()),
     )
-    return output
-
-
-def native_backward(
-    grad: Tensor,
-    tensors: Five,
-    saved: Weight,
-    gradients: Sequence[Weight],
-    problem: Problem,
-    format: torch.memory_format,
-    tf32: bool,
-) -> None:
-    """Fills the gradients that are there."""
-    cuda: Any = _native.cuda
-    device = grad.device
-    input, grad = tensors[0].contiguous(memory_format=format), grad.contiguous(memory_format=format)
-    saved = None if saved is None else saved.contiguous(memory_format=format)
-    dw, pw, db = dense_weights(*tensors[1:4])
-    grad_x, grad_dw, grad_pw, grad_db, grad_b = (address(gradient) for gradient in gradients)
-    asked = grad_x, grad_dw, grad_db, grad_pw, grad_b
-    size = cuda.backward_workspace_bytes(problem, tf32, *asked)
-    workspace = workspace_of(size, device)
-    cuda.backward(
-        *(problem, tf32, input.data_ptr(), address(dw), address(db), address(pw), address(saved)),
-        *(grad.data_ptr(), *asked, address(workspace), size, device.index, stream_of(device)),
-    )
-
-
-# The operators, with the arguments of those for the CPU.
 
 
 def forward_kernel(
@@ -119,51 +73,36 @@ def forward_kernel(
     packed: Weight,
     *geometry: Any,
 ) -> Tensor:
+    """With the arguments of the kernel for the CPU."""
     tensors: Five = input, depthwise_weight, pointwise_weight, depthwise_bias, bias
+    try:
+        key = key_of(tensors, *geometry)
+        path: ForwardPath | None = _plan.calls.get(key)
+        if path is not None and not _ops.VERBOSE:
+            return path(tensors)
+        return _first_forward(tensors, packed, geometry, key)
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"{error} {where('forward', tensors)}") from error
+
+
+def _first_forward(tensors: Five, packed: Weight, geometry: tuple[Any, ...], key: tuple[Any, ...]) -> Tensor:
+    """A call of a kind that nothing was decided for."""
+    input, _, _, depthwise_bias, bias = tensors
+    composed = partial(_ops.composed_kernel, *tensors, packed, *geometry)
     if reason := why_not(tensors):
-        return reported(lambda: _ops.composed_kernel(*tensors, packed, *geometry), reason, tensors, geometry)
+        return reported(composed, reason, tensors, geometry)
     problem, shape, format = _ops.native_problem(*tensors, *geometry)
     if reason := refusal(problem):
-        return reported(lambda: _ops.composed_kernel(*tensors, packed, *geometry), reason, tensors, geometry)
+        return reported(composed, reason, tensors, geometry)
     if shape[0] == 0:
         return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=format)
     tf32 = input.dtype is torch.float32 and allows_tf32()
-    paths: dict[str, Callable[[], Tensor]]
-    if pointwise_weight is None:
-        paths = {DEPTHWISE: partial(native_forward, tensors, problem, shape, format, tf32)}
-    else:
-        paths = {
-            FUSED: partial(native_forward, tensors, problem, shape, format, tf32),
-            DEPTHWISE: partial(_depthwise_then_torch, tensors, problem, shape, format, tf32, geometry[-1]),
-        }
-    paths[TORCH] = lambda: compose_in_place(tensors, geometry).contiguous(memory_format=format)
-    variant = depthwise_bias is not None, bias is not None
-    choice = _plan.choose(problem, FORWARD, tf32, variant, input.device.index, paths)
-    return reported(paths[choice.path], choice, tensors, geometry)
-
-
-def _depthwise_then_torch(
-    tensors: Five,
-    problem: Problem,
-    shape: Sequence[int],
-    format: torch.memory_format,
-    tf32: bool,
-    activation: str,
-) -> Tensor:
-    _, _, pointwise_weight, _, bias = tensors
-    assert pointwise_weight is not None
-    u = _native_half(tensors, problem, shape, format, tf32)
-    return activate(F.conv2d(u, pointwise_weight, bias), activation).contiguous(memory_format=format)
-
-
-def _native_half(
-    tensors: Five, problem: Problem, shape: Sequence[int], format: torch.memory_format, tf32: bool
-) -> Tensor:
-    """The depthwise half, for the shape of the whole's result."""
-    input, depthwise_weight, _, depthwise_bias, _ = tensors
-    half: Five = input, depthwise_weight, None, depthwise_bias, None
-    sizes = shape[0], depthwise_weight.shape[0], shape[2], shape[3]
-    return native_forward(half, half_of(problem), sizes, format, tf32)
+    paths = Forward.of(problem, shape, format, tf32).paths(tensors, geometry)
+    asked = Asked(depthwise_bias is not None, bias is not None, aligned=key[-3])
+    candidates = {name: partial(path, tensors) for name, path in paths.items()}
+    choice = _plan.choose(problem, FORWARD, tf32, asked, input.device.index, candidates)
+    _plan.keep(key, choice, paths)
+    return reported(candidates[choice.path], choice, tensors, geometry)
 
 
 def backward_kernel(
@@ -176,93 +115,50 @@ def backward_kernel(
     saved: Weight,
     *rest: Any,
 ) -> list[Tensor]:
+    """With the arguments of the kernel for the CPU."""
     tensors: Five = input, depthwise_weight, pointwise_weight, depthwise_bias, bias
     *geometry, needed = rest
+    try:
+        key = key_of(tensors, *geometry, tuple(needed), _kind(grad), _kind(saved))
+        path: BackwardPath | None = _plan.calls.get(key)
+        if path is not None and not _ops.VERBOSE:
+            return path(grad, tensors, saved)
+        return _first_backward(grad, tensors, saved, tuple(geometry), tuple(needed), key)
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"{error} {where('backward', tensors)}") from error
+
+
+def _kind(tensor: Weight) -> tuple[Any, ...] | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device)
+
+
+def _first_backward(
+    grad: Tensor,
+    tensors: Five,
+    saved: Weight,
+    geometry: tuple[Any, ...],
+    needed: tuple[bool, ...],
+    key: tuple[Any, ...],
+) -> list[Tensor]:
+    input, _, pointwise_weight, depthwise_bias, bias = tensors
     names = [name for name, need in zip(_ops.tensor_names(pointwise_weight), needed, strict=True) if need]
     what = f"gradients of {', '.join(names)}"
-    run = partial(_backward.composed_kernel, grad, *tensors, saved, *rest)
+    composed = partial(_backward.composed_kernel, grad, *tensors, saved, *geometry, needed)
     if reason := why_not(tensors):
-        return reported(run, reason, tensors, tuple(geometry), what)
+        return reported(composed, reason, tensors, geometry, what)
     problem, shape, format = _ops.native_problem(*tensors, *geometry)
     if reason := refusal(problem):
-        return reported(run, reason, tensors, tuple(geometry), what)
+        return reported(composed, reason, tensors, geometry, what)
     _backward.check_gradients(grad, tensors, saved, shape, needed)
     if shape[0] == 0 or not any(needed):
         return _backward.empty_gradients(tensors, format, needed, zeros=True)
     tf32 = input.dtype is torch.float32 and allows_tf32()
-    given = grad, tensors, saved, problem, shape, format, tf32, needed
-    paths: dict[str, Callable[[], list[Tensor]]] = {FUSED: partial(_fused_backward, *given)}
-    if pointwise_weight is None:
-        paths = {DEPTHWISE: paths[FUSED]}
-    else:
-        paths[DEPTHWISE] = partial(_depthwise_backward, *given, geometry[-1])
-    paths[TORCH] = run
-    variant = *needed, depthwise_bias is not None, bias is not None, saved is not None
-    choice = _plan.choose(problem, BACKWARD, tf32, variant, input.device.index, paths)
-    return reported(paths[choice.path], choice, tensors, tuple(geometry), what)
-
-
-def _fused_backward(
-    grad: Tensor,
-    tensors: Five,
-    saved: Weight,
-    problem: Problem,
-    shape: Sequence[int],
-    format: torch.memory_format,
-    tf32: bool,
-    needed: Sequence[bool],
-) -> list[Tensor]:
-    cuda: Any = _native.cuda
-    if problem[-1] != 0 and saved is None:
-        # The value where its slope can be had from that, else what goes into the activation.
-        kept = problem if cuda.derivative_from_output(problem[-1]) else (*problem[:-1], 0)
-        saved = native_forward(tensors, kept, shape, format, tf32)
-    wanted = _backward.empty_gradients(tensors, format, needed)
-    room = iter(wanted)
-    gradients = [next(room) if need else None for need in needed]
-    native_backward(grad, tensors, saved, gradients, problem, format, tf32)
-    return wanted
-
-
-def _depthwise_backward(
-    grad: Tensor,
-    tensors: Five,
-    saved: Weight,
-    problem: Problem,
-    shape: Sequence[int],
-    format: torch.memory_format,
-    tf32: bool,
-    needed: Sequence[bool],
-    activation: str,
-) -> list[Tensor]:
-    """The pointwise half's gradients by torch, from a depthwise output that is computed again."""
-    input, depthwise_weight, pointwise_weight, depthwise_bias, bias = tensors
-    assert pointwise_weight is not None
-    need_x, need_dw, need_pw, need_db, need_b = needed
-    need_u = need_x or need_dw or need_db
-    at = saved if activation in _SAME_SLOPE_AT_OUTPUT else None
-    need_v = activation != "identity" and at is None
-    u = grad.new_empty(shape[0], depthwise_weight.shape[0], *shape[2:]) if not (need_pw or need_v) else None
-    if u is None:
-        u = _native_half(tensors, problem, shape, format, tf32)
-    if activation != "identity":
-        grad = ACTIVATIONS[activation].backward(
-            grad, F.conv2d(u, pointwise_weight, bias) if at is None else at
-        )
-    grad_u, grad_pw, grad_b = _backward.convolution_backward(
-        *(grad, u, pointwise_weight, [shape[1]], [1, 1], [0, 0], [1, 1], False, [0, 0], 1),
-        [need_u, need_pw, need_b],
-    )
-    half: Five = input, depthwise_weight, None, depthwise_bias, None
-    own = _backward.empty_gradients(half, format, (need_x, need_dw, False, need_db, False))
-    room = iter(own)
-    grad_x, grad_dw, grad_db = (next(room) if need else None for need in (need_x, need_dw, need_db))
-    if need_u:
-        gradients = grad_x, grad_dw, None, grad_db, None
-        native_backward(grad_u, half, None, gradients, half_of(problem), format, tf32)
-    grad_pw = grad_pw.contiguous() if need_pw else None
-    made = grad_x, grad_dw, grad_pw, grad_db, grad_b
-    return [gradient for gradient, need in zip(made, needed, strict=True) if need and gradient is not None]
+    paths = Backward(Forward.of(problem, shape, format, tf32), needed, geometry).paths(tensors)
+    asked = Asked(depthwise_bias is not None, bias is not None, needed, saved is not None, key[-3])
+    candidates = {name: partial(path, grad, tensors, saved) for name, path in paths.items()}
+    choice = _plan.choose(problem, BACKWARD, tf32, asked, input.device.index, candidates)
+    _plan.keep(key, choice, paths)
+    return reported(candidates[choice.path], choice, tensors, geometry, what)
 
 
 def why_not(tensors: Five) -> str:
@@ -283,19 +179,32 @@ def refusal(problem: Problem) -> str:
     return reason
 
 
+def where(name: str, tensors: Five) -> str:
+    """The call that an error is of, as csrc/cuda/bindings.cpp says it."""
+    input, depthwise_weight, pointwise_weight = tensors[:3]
+    dtype = str(input.dtype).removeprefix("torch.")
+    k = 0 if pointwise_weight is None else pointwise_weight.shape[0]
+    kernel = " x ".join(str(size) for size in depthwise_weight.shape[2:])
+    return (
+        f"In the {name} pass for the {dtype} input {list(input.shape)}, {k} output channels and a kernel of "
+        f"{kernel}."
+    )
+
+
 def reported(
     run: Callable[[], T], why: str | _plan.Choice, tensors: Five, geometry: tuple[Any, ...], what: str = ""
 ) -> T:
     """Runs it, with FASTSEP_VERBOSE between two events; the line says what the device took."""
     if not _ops.VERBOSE:
         return run()
+    device = tensors[0].device
     path, reason = ("composition", why) if isinstance(why, str) else (f"cuda {why.path}", why.why)
     path = f"{'backward ' if what else ''}{path} | {reason}{f', {what}' if what else ''}"
-    if torch.cuda.is_current_stream_capturing():
+    if _plan.is_capturing(device.index):
         result, took = run(), "not timed in a graph"
     else:
         results: list[T] = []
-        with torch.cuda.device(tensors[0].device):
+        with torch.cuda.device(device):
             seconds = _plan.Stopwatch()(lambda: results.append(run()), 1)
         result, took = results[0], f"{seconds * 1e3:.3f} ms on the device, waited for"
     _ops.report(path, 0.0, tensors, geometry, took=took)
@@ -304,3 +213,4 @@ def reported(
 
 _ops.implement(forward_kernel, "CUDA")
 _backward.implement(backward_kernel, "CUDA")
+_ops.cuda_kernel, _backward.cuda_kernel = forward_kernel, backward_kernel

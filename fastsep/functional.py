@@ -128,7 +128,7 @@ def dispatch(*args: Any) -> Tensor:
         if torch.onnx.is_in_onnx_export():  # what reads the file does not know the operators
             return composition("torch.onnx.export", tensors, args[6:])
         return _ops.call(*_autocast(args) if input.is_cuda else args)
-    if not direct and input.is_cuda:
+    if input.is_cuda:
         args = _autocast(args)
         input, depthwise_weight, pointwise_weight, depthwise_bias, bias = args[:5]
     # What the operator's autograd kernel would do, without the way through the dispatcher.
@@ -143,7 +143,7 @@ def dispatch(*args: Any) -> Tensor:
         )
     ):
         return apply(*args)
-    return _ops.cpu_kernel(*args) if direct else _ops.run(*args)
+    return _ops.run_past_dispatcher(*args) if direct else _ops.run(*args)
 
 
 def _autocast(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -6,13 +6,14 @@ pytest -m cuda
 from __future__ import annotations
 
 import copy
+import re
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 from cases import BY_NAME, CASES, WRONG, good_call, half
-from commands import run
+from commands import ROOT, run
 
 import fastsep
 from fastsep import SeparableConv2d, _backward, _native, _ops, _plan
@@ -26,7 +27,7 @@ from fastsep._check import (
     operands,
     relative_error,
 )
-from fastsep._plan import DEPTHWISE, FUSED, TORCH
+from fastsep._cuda_model import ADDMM, ADDMM_RELU, CUDNN_RELU, DEPTHWISE, FUSED, PATHS, TORCH
 
 pytestmark = [
     pytest.mark.cuda,
@@ -48,14 +49,16 @@ def _exact(monkeypatch):
     assert not _native.why_not_on(torch.cuda.current_device())
     cudnn = torch.backends.cudnn
     before = cudnn.allow_tf32, cudnn.benchmark
-    cudnn.allow_tf32, cudnn.benchmark = False, False
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    cudnn.allow_tf32, cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32 = False, False, False
     yield
     cudnn.allow_tf32, cudnn.benchmark = before
+    torch.backends.cuda.matmul.allow_tf32 = matmul
     _plan.forget()
 
 
 def in_dtype(case: Case, variety: str) -> Case:
-    torch.backends.cudnn.allow_tf32 = variety == "tf32"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = variety == "tf32"
     return replace(case, dtype="float32" if variety == "tf32" else variety)
 
 
@@ -154,6 +157,44 @@ def test_gradients_are_within_the_rounding_bound(case, part, variety):
             assert error <= 1, f"{error:.3g} times its bound, {path} {variety}: {format_case(varied)}"
 
 
+def tilings():
+    """The lines of cuda_tilings.txt: multiprocessors, a tile's pixels and output channels, the case."""
+    for line in (ROOT / "tests" / "cuda_tilings.txt").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            yield pytest.param(
+                *map(int, line.split("|")[0].split()), parse_case(line), id=parse_case(line).name
+            )
+
+
+def kernels_of(run):
+    """The names of the kernels that a call launches."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        result = run()
+        torch.cuda.synchronize()
+    device = torch.autograd.DeviceType.CUDA
+    return result, [event.name for event in profiler.events() if event.device_type == device]
+
+
+@pytest.mark.parametrize(("multiprocessors", "pixels", "channels", "case"), tilings())
+@varieties
+@layouts
+def test_every_tiling(multiprocessors, pixels, channels, case, variety, layout):
+    case = replace(in_dtype(case, variety), layout=layout)
+    tensors = case.tensors()
+    exact, magnitude = exactly(case, tensors)
+    given = on_gpu(tensors)
+    _native.cuda.pretend_multiprocessors(multiprocessors)
+    try:
+        with _plan.force(FUSED):
+            got, kernels = kernels_of(lambda: call(case, given))
+    finally:
+        _native.cuda.pretend_multiprocessors(0)
+    assert relative_error(got.cpu(), exact, error_bound(rounded(case, variety), magnitude)) <= 1
+    tiles = [re.search(r"separable_forward.*Tiling<(\d+), (\d+)", name) for name in kernels]
+    assert [(int(t[1]), int(t[2])) for t in tiles if t] == [(pixels, channels)], kernels
+
+
 @every_case
 @layouts
 def test_small_integers_are_exact(case, layout):
@@ -184,14 +225,30 @@ def test_equal_calls_give_equal_bits(variety, layout):
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("path", PATHS)
+@varieties
 @layouts
-def test_nan_and_infinity_travel(value, layout):
-    case = replace(BY_NAME["padded_3x3"], layout=layout)
+def test_nan_and_infinity_travel(value, path, variety, layout):
+    """By every path; where the two products with relu in them swallow NaN, they do not take part."""
+    case = replace(in_dtype(BY_NAME["padded_3x3"], variety), layout=layout, b=1, act="relu")
+    torch.backends.cudnn.benchmark = True
     tensors = case.tensors()
     tensors["input"][0, 3, 4, 5] = value
-    with _plan.force(FUSED):
+    with _plan.force(path):
         got = call(case, on_gpu(tensors)).cpu()
     assert torch.equal(got.isfinite(), exactly(case, tensors)[0].isfinite())
+
+
+@varieties
+def test_torchs_products_behind_the_depthwise_kernel(variety):
+    case = replace(in_dtype(LAYER, variety), layout="nhwc", b=1, act="relu")
+    tensors = case.tensors()
+    exact, magnitude = exactly(case, tensors)
+    bound = error_bound(rounded(case, variety), magnitude)
+    torch.backends.cudnn.benchmark = True  # so that those with relu in them may be tried
+    for path in (ADDMM, ADDMM_RELU, CUDNN_RELU):
+        with _plan.force(path):
+            assert relative_error(call(case, on_gpu(tensors)).cpu(), exact, bound) <= 1, path
 
 
 VIEWS = {
@@ -375,6 +432,21 @@ def test_autocast_is_that_of_convolutions(dtype):
         assert (got - exact).norm() <= 64 * eps * exact.norm()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_calls_pass_the_dispatcher_by(monkeypatch, autocast):
+    calls = []
+    for module in (_ops, _backward):
+        kernel = module.cuda_kernel
+        monkeypatch.setattr(module, "cuda_kernel", lambda *args, k=kernel: calls.append(k) or k(*args))
+    made, x = layer(LAYER), image().requires_grad_()
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        y = made(x)
+        with torch.no_grad():
+            assert torch.equal(made(x), y)
+    y.sum().backward()
+    assert len(calls) == 3
+
+
 def test_autocast_uses_the_kernels(capfd, monkeypatch):
     monkeypatch.setattr(_ops, "VERBOSE", True)
     module, x = layer(LAYER), image()
@@ -407,6 +479,7 @@ def test_compile_in_one_graph(variety):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @parts
 def test_opcheck(dtype, part):
+    pytest.importorskip("expecttest")  # which torch's check imports
     case = part(replace(BY_NAME["both_biases"], dtype=dtype))
     x, dw, pw, db, b = (None if t is None else t.cuda().requires_grad_() for t in operands(case.tensors()))
     if case.k:
@@ -506,7 +579,9 @@ def test_with_cudnn_benchmark_the_paths_are_measured_once(phase, monkeypatch):
         y = module(x)
         if phase == "backward":
             torch.autograd.grad(y.sum(), [x, *module.parameters()])
-    assert measured == [[FUSED, DEPTHWISE, TORCH]] * (2 if phase == "backward" else 1)
+    assert (
+        measured == [[FUSED, DEPTHWISE, ADDMM, TORCH], [FUSED, DEPTHWISE, TORCH]][: 1 + (phase != "forward")]
+    )
     assert all(choice.measured for choice in _plan._choices.values())
 
 
@@ -554,7 +629,8 @@ def test_an_error_of_cuda_names_the_shape_and_leaves_the_device_usable():
 
 def test_a_lack_of_memory_leaves_the_device_usable():
     x = torch.empty(1, 1, 1, 1, device="cuda", dtype=torch.float16).expand(1 << 12, 64, 1 << 10, 1 << 10)
-    with pytest.raises(torch.OutOfMemoryError):
+    shape = r"In the forward pass for the float16 input \[4096, 64, 1024, 1024\], 64 output channels"
+    with pytest.raises(torch.OutOfMemoryError, match=shape):
         fastsep.separable_conv2d(
             x,
             torch.randn(64, 1, 3, 3, device="cuda").half(),
@@ -589,6 +665,7 @@ def test_verbose_says_path_reason_and_time():
 
 
 def test_info_tells_of_the_gpu():
+    pytest.importorskip("rich")
     result = run("python -m fastsep info")
     assert result.returncode == 0, result.stderr
     assert torch.cuda.get_device_name(0) in result.stdout

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import BY_NAME, CASES, half
 from commands import ROOT, run
 
 import fastsep
-from fastsep import _backward, _cuda_kernels, _native, _ops, _plan
+from fastsep import _backward, _cuda_kernels, _cuda_paths, _native, _ops, _plan
 from fastsep._case import Case, format_case, parse_case
 from fastsep._check import (
     NAMES,
@@ -33,8 +35,9 @@ from fastsep._check import (
     oracle_backward,
     relative_error,
 )
-from fastsep._plan import DEPTHWISE, FUSED, TORCH
+from fastsep._cuda_model import ADDMM, ADDMM_RELU, CUDNN_RELU, DEPTHWISE, FUSED, TORCH, Gpu
 
+allows_tf32 = _cuda_paths.allows_tf32
 built = importlib.util.find_spec("fastsep._cuda") is not None
 needs_module = pytest.mark.skipif(not built, reason="the module _cuda was not built")
 needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake")
@@ -103,6 +106,41 @@ def test_another_word_is_an_error(tmp_path):
     assert "  FASTSEP_CUDA must be AUTO, ON or OFF, got MAYBE" in lines
 
 
+@needs_cmake
+def test_without_pybind11_its_headers_are_those_of_torch(tmp_path):
+    """Which is what a machine with a GPU and no network may have; compiled, for a module of one line."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "one.cpp").write_text(
+        "#include <pybind11/pybind11.h>\n"
+        'PYBIND11_MODULE(one, m, pybind11::mod_gil_not_used()) { m.def("one", [] { return 1; }); }\n'
+    )
+    (source / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.21)\nproject(one LANGUAGES CXX)\nset(CMAKE_CXX_STANDARD 17)\n"
+        "find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)\n"
+        f"include({ROOT}/cmake/BundledPybind11.cmake)\npybind11_add_module(one MODULE NO_EXTRAS one.cpp)\n"
+    )
+    build = tmp_path / "build"
+    for command in (
+        ["cmake", "-S", source, "-B", build, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"],
+        ["cmake", "--build", build],
+    ):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr
+    program = "import one, torch; print(one.one())"  # beside torch, which has a pybind11 of its own at work
+    result = run(f'python -c "{program}"', PYTHONPATH=str(build))
+    assert result.stdout.split() == ["1"], result.stderr
+
+
+@needs_cmake
+def test_the_project_falls_back_to_them(tmp_path):
+    command = ["cmake", "-S", ROOT, "-B", tmp_path, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    command += ["-DFASTSEP_CUDA=OFF", "-DCMAKE_DISABLE_FIND_PACKAGE_pybind11=ON"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"-- fastsep: pybind11 [\d.]+ of torch, .*/torch/include\n", result.stdout)
+
+
 # ---- the module
 
 
@@ -167,6 +205,15 @@ def test_a_bad_problem_is_a_value_error(change, message):
             function(problem, False)
     with pytest.raises(ValueError, match=message):
         _cuda.forward(problem, False, *NOTHING, 0, 0, 0, 0)
+
+
+@needs_module
+def test_a_gpu_has_no_fewer_multiprocessors_than_none():
+    from fastsep import _cuda
+
+    _cuda.pretend_multiprocessors(0)
+    with pytest.raises(ValueError, match="count must be at least 0, got -1"):
+        _cuda.pretend_multiprocessors(-1)
 
 
 @needs_module
@@ -274,9 +321,11 @@ def on_host(monkeypatch):
     module = OnHost()
     monkeypatch.setattr(_native, "cuda", module)
     monkeypatch.setattr(_native, "why_not_on", lambda device: "")
-    monkeypatch.setattr(_cuda_kernels, "stream_of", lambda device: 17)
-    monkeypatch.setattr(_plan.Gpu, "of", lambda device: _plan.Gpu("test", 100, 4e12, 6e13, 8e14))
+    monkeypatch.setattr(_cuda_paths, "stream_of", lambda device: 17)
+    monkeypatch.setattr(Gpu, "of", lambda device: Gpu("test", 100, 4e12, 6e13, 8e14))
     monkeypatch.setattr(_plan, "_choices", {})
+    monkeypatch.setattr(_plan, "calls", {})
+    monkeypatch.setattr(_cuda_paths, "products_allow_tf32", allows_tf32)
     return module
 
 
@@ -301,7 +350,7 @@ def test_every_path_forward(on_host, case, part, layout):
     case = replace(part(case), layout=layout)
     tensors = case.tensors()
     exact, bound = oracle(case, tensors), error_bound(case, oracle(case, tensors, magnitude=True))
-    for path in (FUSED, DEPTHWISE, TORCH):
+    for path in (FUSED, DEPTHWISE, ADDMM, TORCH):
         with _plan.force(path):
             got = _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case))
         assert relative_error(got, exact, bound) <= 1, f"{path}: {format_case(case)}"
@@ -328,6 +377,147 @@ def test_every_path_backward(on_host, case, part):
             assert all(g.is_contiguous(memory_format=f) for g, f in zip(got, formats, strict=False))
             named = dict(zip([n for n, need in zip(NAMES, needed, strict=True) if need], got, strict=True))
             assert largest_error(named, exact, bounds) <= 1, f"{path}: {format_case(case)}"
+
+
+RELU = replace(BY_NAME["both_biases"], n=3, layout="nhwc", mid="silu", act="relu")
+
+
+@pytest.fixture
+def cudnn_relu(monkeypatch):
+    """The operator, which a torch without CUDA does not have."""
+
+    def fused(u, weight, bias, stride, padding, dilation, groups):
+        return F.conv2d(u, weight, bias, stride, padding, dilation, groups).relu_()
+
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", fused, raising=False)
+
+
+def candidates(case):
+    tensors = operands(case.tensors())
+    problem, shape, format = _ops.native_problem(*tensors, *geometry(case))
+    forward = _cuda_paths.Forward.of(problem, shape, format, allows_tf32())
+    return forward.paths(tensors, geometry(case))
+
+
+def test_relu_and_bias_go_into_a_product_that_takes_them(on_host, cudnn_relu, monkeypatch):
+    monkeypatch.setattr(_cuda_paths, "keeps_nan", lambda path, device, dtype: True)
+    paths = candidates(RELU)
+    assert list(paths) == [FUSED, DEPTHWISE, ADDMM, ADDMM_RELU, CUDNN_RELU, TORCH]
+    tensors = RELU.tensors()
+    exact, bound = oracle(RELU, tensors), error_bound(RELU, oracle(RELU, tensors, magnitude=True))
+    for path, run_path in paths.items():
+        got = run_path(operands(tensors))
+        assert relative_error(got, exact, bound) <= 1, path
+        assert got.is_contiguous(memory_format=torch.channels_last)
+    assert list(candidates(replace(RELU, act="relu6"))) == [FUSED, DEPTHWISE, ADDMM, TORCH]
+    assert list(candidates(replace(RELU, b=0))) == [FUSED, DEPTHWISE, ADDMM, TORCH]
+    assert list(candidates(replace(RELU, layout="nchw"))) == [FUSED, DEPTHWISE, TORCH]
+    assert list(candidates(half(RELU))) == [DEPTHWISE, TORCH]
+
+
+def test_products_that_torch_does_not_have_or_must_not_use_are_left_out(on_host, monkeypatch):
+    monkeypatch.setattr(_cuda_paths, "keeps_nan", lambda path, device, dtype: True)
+    monkeypatch.delattr(torch, "cudnn_convolution_relu", raising=False)
+    assert list(candidates(RELU)) == [FUSED, DEPTHWISE, ADDMM, ADDMM_RELU, TORCH]
+    monkeypatch.setattr(_cuda_paths, "products_allow_tf32", lambda: not allows_tf32())
+    assert list(candidates(RELU)) == [FUSED, DEPTHWISE, TORCH]
+    monkeypatch.setattr(_cuda_paths, "products_allow_tf32", allows_tf32)
+    many = _cuda_paths.Forward.of(
+        RELU.problem, (1 << 15, 7, 1 << 8, 1 << 8), torch.channels_last, allows_tf32()
+    )
+    assert list(many.paths(operands(RELU.tensors()), geometry(RELU))) == [FUSED, DEPTHWISE, TORCH]
+
+
+@pytest.mark.parametrize("swallows", [False, True])
+def test_a_product_that_swallows_nan_is_left_out(on_host, cudnn_relu, monkeypatch, swallows):
+    """Which is tried once, and only where the device may be waited for."""
+    tried = []
+
+    def product(bias, rows, columns):
+        tried.append(rows)
+        y = torch.relu(torch.addmm(bias, rows, columns))
+        return y.nan_to_num(0) if swallows else y
+
+    monkeypatch.setattr(_cuda_paths, "_keeps_nan", {})
+    monkeypatch.setattr(torch, "_addmm_activation", product)
+    assert ADDMM_RELU not in candidates(RELU)
+    assert not tried
+    monkeypatch.setattr(_plan, "may_measure", lambda device: True)
+    for _ in range(2):
+        paths = candidates(RELU)
+        assert (ADDMM_RELU in paths) is not swallows
+        assert CUDNN_RELU in paths
+    monkeypatch.setattr(_plan, "may_measure", lambda device: False)
+    assert (ADDMM_RELU in candidates(RELU)) is not swallows
+    assert len(tried) == 1
+
+
+def test_a_second_call_asks_nothing_again(on_host, monkeypatch):
+    """One lookup, and the launch; another kind of call is another matter."""
+    tensors = operands(RELU.tensors())
+    call_it = lambda given, *sizes: _cuda_kernels.forward_kernel(*given, None, *sizes)  # noqa: E731
+    first = call_it(tensors, *geometry(RELU))
+    needed = [True] * 5
+    grad = torch.ones_like(first)
+    gradients = _cuda_kernels.backward_kernel(grad, *tensors, first, *geometry(RELU), needed)
+    for name in ("native_problem", "output_shape"):
+        monkeypatch.setattr(_ops, name, lambda *_: pytest.fail("asked again"))
+    for name in ("why_refused", "forward_workspace_bytes", "backward_workspace_bytes"):
+        monkeypatch.setattr(on_host, name, lambda *_: pytest.fail("asked again"), raising=False)
+    monkeypatch.setattr(_plan, "choose", lambda *_: pytest.fail("asked again"))
+    *lists, mid, act = geometry(RELU)
+    assert torch.equal(call_it(tensors, *map(list, lists), mid, act), first)  # as the dispatcher gives them
+    again = _cuda_kernels.backward_kernel(grad, *tensors, first, *geometry(RELU), needed)
+    assert all(torch.equal(a, b) for a, b in zip(again, gradients, strict=True))
+    x, dw, pw, db, b = tensors
+    aside = torch.cat([x.new_zeros(1), x.permute(0, 2, 3, 1).flatten()])[1:]
+    aside = aside.view(x.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    for other, sizes in (
+        ((x.double(), dw, pw, db, b), geometry(RELU)),
+        ((x.contiguous(), dw, pw, db, b), geometry(RELU)),
+        ((aside, dw, pw, db, b), geometry(RELU)),
+        ((x[:1], dw, pw, db, b), geometry(RELU)),
+        ((x, dw, pw[:3], db, b[:3]), geometry(RELU)),
+        ((x, dw, pw, None, b), geometry(RELU)),
+        ((x, dw, pw, db, None), geometry(RELU)),
+        (tensors, (*geometry(RELU)[:4], "tanh")),
+        (tensors, ((2, 2), *geometry(RELU)[1:])),
+    ):
+        with pytest.raises(pytest.fail.Exception, match="asked again"):
+            call_it(other, *sizes)
+    with pytest.raises(pytest.fail.Exception, match="asked again"):
+        _cuda_kernels.backward_kernel(grad, *tensors, None, *geometry(RELU), needed)
+    with pytest.raises(pytest.fail.Exception, match="asked again"), _plan.force(TORCH):
+        call_it(tensors, *geometry(RELU))
+
+
+def test_a_lack_of_memory_names_the_shape(on_host, monkeypatch):
+    """And is of torch's type, the first time and when all is known."""
+    case = replace(BY_NAME["both_biases"], layout="nhwc")
+    tensors, grad = operands(case.tensors()), case.gradient()
+    x, dw, pw = tensors[:3]
+    needed = [True] * 5
+    _cuda_kernels.forward_kernel(*tensors, None, *geometry(case))
+    y = _cuda_kernels.backward_kernel(grad, *tensors, None, *geometry(case), needed)
+    assert len(y) == 5
+
+    def no_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(_cuda_paths, "workspace_of", no_memory)
+    what = (
+        rf"CUDA out of memory. Tried to allocate 2 GiB. In the {{}} pass for the float32 input "
+        rf"{re.escape(str(list(x.shape)))}, {pw.shape[0]} output channels and a kernel of "
+        rf"{dw.shape[2]} x {dw.shape[3]}\."
+    )
+    for _ in range(2):
+        with _plan.force(FUSED):
+            with pytest.raises(torch.OutOfMemoryError, match=what.format("forward")):
+                _cuda_kernels.forward_kernel(*tensors, None, *geometry(case))
+            with pytest.raises(torch.OutOfMemoryError, match=what.format("backward")):
+                _cuda_kernels.backward_kernel(grad, *tensors, None, *geometry(case), needed)
+        with pytest.raises(torch.OutOfMemoryError, match=what.format("forward")):
+            _cuda_kernels.forward_kernel(*tensors, None, *geometry(case))
 
 
 @PATHS
@@ -395,8 +585,10 @@ def test_what_the_kernels_refuse_is_composed(on_host):
 def test_weights_of_another_device_are_refused(on_host):
     case = BY_NAME["both_biases"]
     x, dw, pw, db, b = operands(case.tensors())
-    with pytest.raises(RuntimeError, match="bias must be on the input's device, cpu, got meta"):
-        _cuda_kernels.forward_kernel(x, dw, pw, db, b.to("meta"), None, *geometry(case))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="bias must be on the input's device, cpu, got meta"):
+            _cuda_kernels.forward_kernel(x, dw, pw, db, b.to("meta"), None, *geometry(case))
+        _cuda_kernels.forward_kernel(x, dw, pw, db, b, None, *geometry(case))
 
 
 def test_the_line_says_path_reason_and_time(on_host, monkeypatch, capsys):
@@ -443,6 +635,11 @@ def test_the_operators_have_kernels_for_cuda():
     for name in ("separable_conv2d", "depthwise_conv2d"):
         for operator in (name, f"{name}_backward"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastsep::{operator}", "CUDA")
+
+
+def test_a_call_on_a_gpu_may_pass_the_dispatcher_by():
+    assert _ops.cuda_kernel is _cuda_kernels.forward_kernel
+    assert _backward.cuda_kernel is _cuda_kernels.backward_kernel
 
 
 def test_case_lines_name_their_dtype_to_the_kernels():

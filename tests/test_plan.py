@@ -4,35 +4,63 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import CASES
+from cases import CASES, half
+from commands import ROOT
 
-from fastsep import _plan
-from fastsep._plan import BACKWARD, DEPTHWISE, FORWARD, FUSED, TORCH, Gpu
+from fastsep import _cuda_model, _plan
+from fastsep._cuda_model import BACKWARD, DEPTHWISE, FORWARD, FUSED, PATHS, TORCH, Asked, Gpu
 from fastsep.bench.layers import load
 
 # In round numbers.
 GPU = Gpu("test", multiprocessors=100, bandwidth=4e12, fma=6e13, matrix=8e14)
 LAYER = replace(load("mobilenet_v1").layers[2], n=32, dtype="bfloat16", layout="nhwc")
 WHOLE = dict.fromkeys((FUSED, DEPTHWISE, TORCH), lambda: None)
+EVERY = dict.fromkeys(PATHS, lambda: None)
 HALF = dict.fromkeys((DEPTHWISE, TORCH), lambda: None)
+
+
+class CurrentDevice:
+    """torch.cuda.device, where there is none."""
+
+    now = 0
+
+    def __init__(self, index):
+        self.index = index
+
+    def __enter__(self):
+        self.before, CurrentDevice.now = CurrentDevice.now, self.index
+
+    def __exit__(self, *_):
+        CurrentDevice.now = self.before
 
 
 @pytest.fixture(autouse=True)
 def _unplanned(monkeypatch):
     monkeypatch.setattr(_plan, "_choices", {})
+    monkeypatch.setattr(_plan, "calls", {})
+    monkeypatch.setattr(torch.cuda, "device", CurrentDevice)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 def choose(
-    problem=LAYER.problem, phase=FORWARD, *, times=None, candidates=WHOLE, gpu=GPU, device=0, tf32=False
+    problem=LAYER.problem,
+    phase=FORWARD,
+    *,
+    times=None,
+    candidates=WHOLE,
+    gpu=GPU,
+    device=0,
+    tf32=False,
+    asked=Asked(),  # noqa: B008
 ):
     return _plan.choose(
-        *(problem, phase, tf32, (True,), device, candidates),
+        *(problem, phase, tf32, asked, device, candidates),
         gpu_of=lambda index: gpu,
         seconds_of=lambda found: dict(times) if times else pytest.fail("was measured"),
     )
@@ -42,32 +70,97 @@ def choose(
 @pytest.mark.parametrize("case", [case for case in CASES if case.n], ids=lambda case: case.name)
 def test_every_case_has_a_time_on_every_path(case, phase):
     for dtype in ("float32", "float16", "bfloat16"):
-        for part, paths in ((case, WHOLE), (replace(case, k=0, b=0, act="identity"), HALF)):
+        for part, paths in ((case, EVERY), (replace(case, k=0, b=0, act="identity"), HALF)):
             problem = replace(part, dtype=dtype).problem
             for path in paths:
-                assert 0 < _plan.modelled(problem, phase, path, GPU, False) < 1
+                assert 0 < _cuda_model.modelled(problem, phase, path, GPU, False) < 1
 
 
 def test_a_model_counts_each_byte_once():
     """By hand: the fused forward pass reads x and the weights and writes y, in one launch."""
-    (step,) = _plan.steps(LAYER.problem, FORWARD, FUSED)
+    (step,) = _cuda_model.steps(LAYER.problem, FORWARD, FUSED)
     pixels = 32 * 56 * 56
     assert step.bytes == 2 * (2 * pixels * 128 + 128 * (9 + 128))
     assert (step.fma, step.matrix) == (2 * pixels * 128 * 9, 2 * pixels * 128 * 128)
-    torch_bytes = sum(step.bytes for step in _plan.steps(LAYER.problem, FORWARD, TORCH))
-    assert torch_bytes == 2 * (8 * pixels * 128 + 2 * 128 * (9 + 128))
+    # torch: x to u; its bias and activation, both in place; u to y; the same again.
+    torch_bytes = sum(step.bytes for step in _cuda_model.steps(LAYER.problem, FORWARD, TORCH))
+    assert torch_bytes == 2 * (12 * pixels * 128 + 2 * 128 * (9 + 128))
+    bare = _cuda_model.steps(LAYER.problem, FORWARD, TORCH, Asked(depthwise_bias=False, bias=False))
+    assert sum(step.bytes for step in bare) == torch_bytes - 2 * 4 * pixels * 128
+
+
+NAMES = ("input", "depthwise_weight", "pointwise_weight", "depthwise_bias", "bias")
+
+
+def test_the_model_has_a_step_for_each_kernel_that_is_launched():
+    """As the tests of the kernels on the host count them."""
+    text = (ROOT / "tests" / "cuda_launches.txt").read_text(encoding="utf-8")
+    lines = [line.split() for line in text.splitlines() if not line.startswith("#")]
+    held = set()
+    for case in (part(case) for case in CASES if case.n for part in (lambda case: case, half)):
+        for kind, mid, gradients, count in lines:
+            if (kind, mid) == ("pair" if case.k else "half", "flat" if case.mid == "identity" else "mid"):
+                needed = tuple(name in gradients.split("+") for name in NAMES)
+                launches = _cuda_model.own_backward(case.problem, needed)
+                assert len(launches) == int(count), f"{case.name}, gradients of {gradients}"
+                held.add((kind, mid, gradients))
+    assert len(held) == len(lines) == 20
+
+
+def test_the_model_counts_what_the_backward_pass_moves():
+    """By hand, in passes over x, u and y, which are of one size; weights are little, their parts are not."""
+    size = 2 * 32 * 56 * 56 * 128
+    needed = (True,) * 5
+    launches = _cuda_model.own_backward(LAYER.problem, needed)
+    # dv, which is two tensors, for each of two products; x for z and for the weights, and dx; z written and
+    # read twice, dt written, read for dx and for the weights.
+    parts = 4 * _cuda_model._weight_parts(LAYER.problem) * 128 * (128 + 1)
+    passes = 4 + 3 + 6
+    assert sum(step.bytes for step in launches) == pytest.approx(passes * size + 2 * parts, rel=1e-3)
+    assert sum(step.matrix for step in launches) == 2 * 2 * 32 * 56 * 56 * 128 * 128
+    again = _cuda_model.steps(LAYER.problem, BACKWARD, FUSED, Asked(saved=False))
+    assert [step.kind for step in again[:2]] == ["fused", "depthwise"]
+    assert again[1:] == _cuda_model.steps(LAYER.problem, BACKWARD, FUSED)
+
+
+@pytest.mark.skipif(find_spec("fastsep._cuda") is None, reason="the module _cuda was not built")
+@pytest.mark.parametrize("layout", ["nchw", "nhwc"])
+@pytest.mark.parametrize("case", load("mobilenet_v1").layers, ids=lambda case: case.name)
+def test_the_model_knows_the_partial_sums(case, layout):
+    """They are what the workspace has beside u."""
+    from fastsep import _cuda
+
+    for dtype in ("float32", "bfloat16"):
+        sized = replace(case, n=32, dtype=dtype, layout=layout)
+        workspace = _cuda.backward_workspace_bytes(sized.problem, False, 0, 0, 0, 1, 0)
+        # Each has room for the bias, too; both are rounded to 256 bytes.
+        parts = 4 * _cuda_model._weight_parts(sized.problem) * case.k * (case.c + 1)
+        assert parts <= workspace - _cuda_model.sizes(sized.problem).u <= parts + 2 * 255
+
+
+def test_a_product_that_adds_the_bias_saves_a_pass():
+    passes = {path: len(_cuda_model.steps(LAYER.problem, FORWARD, path)) for path in PATHS}
+    assert passes == {
+        "fused": 1,
+        "depthwise": 4,
+        "addmm": 3,
+        "addmm_relu": 2,
+        "cudnn_relu": 2,
+        "torch": 6,
+    }
+    assert choose(candidates={path: None for path in PATHS if path != FUSED}).path == "addmm_relu"
 
 
 def test_the_depthwise_half_is_computed_again_for_more_output_channels():
-    (narrow,) = _plan.steps(LAYER.problem, FORWARD, FUSED)
-    (wide,) = _plan.steps(replace(LAYER, k=512).problem, FORWARD, FUSED)
+    (narrow,) = _cuda_model.steps(LAYER.problem, FORWARD, FUSED)
+    (wide,) = _cuda_model.steps(replace(LAYER, k=512).problem, FORWARD, FUSED)
     assert wide.fma == 4 * narrow.fma
 
 
 def test_uneven_padding_costs_torch_a_copy():
     uneven = replace(LAYER, pt=0, pb=2).problem
-    paths = {path: len(_plan.steps(uneven, FORWARD, path)) for path in WHOLE}
-    even = {path: len(_plan.steps(LAYER.problem, FORWARD, path)) for path in WHOLE}
+    paths = {path: len(_cuda_model.steps(uneven, FORWARD, path)) for path in WHOLE}
+    even = {path: len(_cuda_model.steps(LAYER.problem, FORWARD, path)) for path in WHOLE}
     assert paths == even | {TORCH: even[TORCH] + 1}
 
 
@@ -103,7 +196,7 @@ def test_tf32_has_factors_of_its_own():
     problem = replace(LAYER, dtype="float32", layout="nchw").problem
     assert _plan.factor_key(problem, FORWARD, TORCH, True) == "forward torch tf32 nchw"
     assert _plan.factor_key(problem, FORWARD, TORCH, False) == "forward torch float32 nchw"
-    exact, rounded = (_plan.modelled(problem, FORWARD, FUSED, GPU, tf32) for tf32 in (False, True))
+    exact, rounded = (_cuda_model.modelled(problem, FORWARD, FUSED, GPU, tf32) for tf32 in (False, True))
     assert rounded < exact
 
 
@@ -166,6 +259,46 @@ def test_problems_phases_and_devices_are_told_apart(monkeypatch):
     ):
         assert choose(**other, times={FUSED: 1e-6, DEPTHWISE: 2e-6, TORCH: 3e-6}).path == FUSED
     assert choose().path == TORCH
+
+
+def test_paths_are_timed_where_their_tensors_are(monkeypatch):
+    """And whether a graph is captured is asked of that device, too."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    asked, timed = [], []
+    monkeypatch.setattr(
+        torch.cuda, "is_current_stream_capturing", lambda: asked.append(CurrentDevice.now) or False
+    )
+
+    def seconds_of(candidates):
+        timed.append(CurrentDevice.now)
+        return dict.fromkeys(candidates, 1e-6)
+
+    given = LAYER.problem, FORWARD, False, Asked()
+    assert _plan.choose(*given, 1, WHOLE, lambda index: GPU, seconds_of).measured
+    assert (asked, timed, CurrentDevice.now) == ([1], [1], 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: CurrentDevice.now == 2)
+    assert not _plan.choose(*given, 2, WHOLE, lambda index: GPU, seconds_of).measured
+    assert _plan.choose(*given, 3, WHOLE, lambda index: GPU, seconds_of).measured
+    assert timed == [1, 3]
+
+
+def test_a_path_that_is_no_longer_there_is_not_taken():
+    """Such as a product in TensorFloat-32, once torch was told not to."""
+    slow_fused = {FUSED: 9e-6, DEPTHWISE: 2e-6, "addmm": 1e-6}
+    torch.backends.cudnn.benchmark = True  # which the fixture gives back
+    assert choose(times=slow_fused, candidates=EVERY).path == "addmm"
+    assert choose(times={FUSED: 9e-6, DEPTHWISE: 2e-6}).path == DEPTHWISE
+
+
+def test_what_is_kept_is_as_good_as_the_choice(monkeypatch):
+    paths = {FUSED: "run"}
+    _plan.keep(("a",), _plan.Choice(FUSED, "", measured=False), paths)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    _plan.keep(("c",), _plan.Choice(FUSED, "", measured=False), paths)
+    _plan.keep(("d",), _plan.Choice(FUSED, "", measured=True), paths)
+    assert _plan.calls == {("a",): "run", ("d",): "run"}
+    _plan.forget()
+    assert _plan.calls == {}
 
 
 def test_a_path_can_be_forced():

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -12,6 +13,12 @@ namespace py = pybind11;
 using namespace fastsep;
 
 namespace {
+
+std::atomic<int> pretended_multiprocessors{0};
+
+cuda::Queue queue_of(int device, uintptr_t stream) {
+  return {device, mutable_address(stream), pretended_multiprocessors.load(std::memory_order_relaxed)};
+}
 
 Problem to_problem(const py::tuple& fields) {
   const Problem problem = read_problem(fields);
@@ -74,7 +81,7 @@ void run_forward(const py::tuple& fields, bool tf32, uintptr_t input, uintptr_t 
                            address(bias)};
   run("forward", problem, device, [&] {
     return cuda::forward(problem, {tf32}, address(input), weights, mutable_address(output), mutable_address(workspace),
-                         workspace_size, {device, mutable_address(stream)});
+                         workspace_size, queue_of(device, stream));
   });
 }
 
@@ -89,7 +96,7 @@ void run_backward(const py::tuple& fields, bool tf32, uintptr_t input, uintptr_t
       to_gradients(grad_input, grad_depthwise_weight, grad_depthwise_bias, grad_pointwise_weight, grad_bias);
   run("backward", problem, device, [&] {
     return cuda::backward(problem, {tf32}, address(input), weights, address(saved), address(grad_output), gradients,
-                          mutable_address(workspace), workspace_size, {device, mutable_address(stream)});
+                          mutable_address(workspace), workspace_size, queue_of(device, stream));
   });
 }
 
@@ -100,6 +107,10 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("device_count", &cuda::device_count);
   m.def("architectures", [] { return FASTSEP_CUDA_ARCHITECTURES; });
   m.def("runtime_version", [] { return CUDART_VERSION; });
+  m.def("pretend_multiprocessors", [](int count) {
+    if (count < 0) throw py::value_error("count must be at least 0, got " + std::to_string(count));
+    pretended_multiprocessors = count;
+  });
   m.def("derivative_from_output", [](int32_t activation) {
     if (activation < 0 || activation >= activation_count) throw py::value_error("unknown activation number");
     return derivative_from_output(static_cast<Activation>(activation));

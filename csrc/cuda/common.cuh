@@ -64,7 +64,8 @@ __device__ __forceinline__ void check_aligned(const void*, size_t) {}
 
 // Streaming multiprocessors of the queue's device: what a grid has to fill.
 inline int multiprocessors(Queue queue) {
-  int count = 0;
+  int count = queue.multiprocessors;
+  if (count > 0) return count;
   return cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, queue.device) == cudaSuccess ? count : 1;
 }
 #endif

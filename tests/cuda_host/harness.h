@@ -1,7 +1,9 @@
 // What the tests of the CUDA kernels on the host share: the count of checks, the types, numbers in guarded memory.
 #pragma once
 
+#include <map>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -51,6 +53,15 @@ Tensor drawn(fastsep::Dtype dtype, int64_t count, bool integers, bool wide, std:
 // All NaN.
 Tensor unwritten(fastsep::Dtype dtype, int64_t count, bool wide);
 
+// tests/cuda_launches.txt: how many kernels a backward pass launches, by the words before the count.
+using Launches = std::map<std::string, int64_t>;
+extern Launches launches;
+extern std::set<std::string> launches_held;  // lines that a pass was held against
+
+// For which tilings are chosen, as the queue has it.
+extern int multiprocessors;
+inline fastsep::cuda::Queue queue() { return {0, nullptr, multiprocessors}; }
+
 void test_shim();
 // All checks of forward() on one case, in the problem's dtype and layout: small integers or reals, addresses aligned to
 // 16 bytes or to one element only.
@@ -63,5 +74,7 @@ void test_refusals(const Variant& variant);
 void test_backward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide,
                    bool subsets);
 void test_backward_tilings(const Variant& variant);
+// Holds a pass of each kind that tests/cuda_launches.txt knows against its line.
+void test_launches(const Variant& variant);
 
 }  // namespace fastsep_tests

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <fstream>
 #include <iostream>
 
 #include "harness.h"
@@ -15,6 +16,9 @@ namespace fastsep_tests {
 using namespace fastsep;
 
 Tally tally;
+Launches launches;
+std::set<std::string> launches_held;
+int multiprocessors = 1;
 
 const std::vector<Variant> variants = {{"f32", Dtype::f32, false, 0x1p-23, 0x1p-23},
                                        {"tf32", Dtype::f32, true, 0x1p-23, 0x1p-10},
@@ -97,7 +101,7 @@ void run_case(const Variant& variant, const Case& c, size_t index) {
     if (status != Status::ok) continue;
     for (const bool integers : {true, false}) {
       const bool wide = (index / 2 + (layout == Layout::nhwc) + integers) % 2 == 0;
-      cuda_host::multiprocessors = index % 3 == 0 ? 1 : 100;
+      multiprocessors = index % 3 == 0 ? 1 : 100;
       cuda_host::enough_blocks = index % 3 == 1 ? 1 : 264;
       Problem depthwise = p;
       depthwise.out_channels = 0;
@@ -126,7 +130,19 @@ void test_coverage(const Variant& variant) {
                                                std::to_string(all) + " kernels");
 }
 
-int run(const std::vector<std::string>& paths) {
+Launches read_launches(const std::string& path) {
+  Launches found;
+  std::ifstream file(path);
+  for (std::string line; std::getline(file, line);) {
+    const size_t blank = line.rfind(' ');
+    if (line[0] != '#' && blank != std::string::npos) found[line.substr(0, blank)] = std::stoll(line.substr(blank + 1));
+  }
+  expect(!found.empty(), path + " has no lines");
+  return found;
+}
+
+int run(const std::string& launches_path, const std::vector<std::string>& paths) {
+  launches = read_launches(launches_path);
   std::vector<Case> cases;
   for (const std::string& path : paths)
     for (const Case& c : read_cases(path)) cases.push_back(c);
@@ -143,6 +159,7 @@ int run(const std::vector<std::string>& paths) {
     test_tilings(variant);
     test_backward_tilings(variant);
     test_refusals(variant);
+    test_launches(variant);
     test_coverage(variant);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - begin;
     std::cout << variant.name << ": " << cases.size() << " cases, " << tally.checks << " checks, " << tally.failures
@@ -161,9 +178,9 @@ int run(const std::vector<std::string>& paths) {
 }  // namespace fastsep_tests
 
 int main(int argc, char** argv) {
-  if (argc < 2) {
-    std::cerr << "usage: fastsep_cuda_host_tests cases.txt ...\n";
+  if (argc < 3) {
+    std::cerr << "usage: fastsep_cuda_host_tests cuda_launches.txt cases.txt ...\n";
     return 2;
   }
-  return fastsep_tests::run({argv + 1, argv + argc});
+  return fastsep_tests::run(argv[1], {argv + 2, argv + argc});
 }

@@ -11,9 +11,9 @@
 namespace cuda_host {
 
 Order order = Order::forward;
-int multiprocessors = 4;
 int64_t enough_blocks = 264;
 std::set<std::pair<const void*, int>> kernels;
+int64_t launches = 0;
 Thread current = {};
 
 namespace {

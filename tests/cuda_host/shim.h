@@ -98,11 +98,11 @@ namespace cuda_host {
 
 enum class Order { forward, backward };
 extern Order order;            // in which threads and blocks run
-extern int multiprocessors;    // that the device pretends to have
 extern int64_t enough_blocks;  // as csrc/cuda/common.cuh explains it
 
-// Launched so far: the kernel, and the threads of its blocks.
+// Launched so far: the kernel, and the threads of its blocks; and how often.
 extern std::set<std::pair<const void*, int>> kernels;
+extern int64_t launches;
 
 struct Thread {
   dim3 thread, block, block_size, grid;
@@ -175,6 +175,7 @@ template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, int threads, size_t shared_bytes, const Params& params, Queue) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaSuccess;
   cuda_host::kernels.insert({reinterpret_cast<const void*>(kernel), threads});
+  ++cuda_host::launches;
   return cuda_host::run(grid, threads, shared_bytes, [&] { kernel(params); });
 }
 
@@ -182,7 +183,7 @@ using cuda_host::check_aligned;
 using cuda_host::enough_blocks;
 
 inline int this_thread() { return static_cast<int>(threadIdx.x); }
-inline int multiprocessors(Queue) { return cuda_host::multiprocessors; }
+inline int multiprocessors(Queue queue) { return queue.multiprocessors; }
 
 void copy_async(void* to, const void* from, bool whole);
 void copy_async_word(void* to, const void* from, bool whole);

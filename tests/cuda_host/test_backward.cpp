@@ -78,11 +78,30 @@ struct Run {
     expect(cuda::backward_workspace_bytes(p, options, gradients, &bytes) == Status::ok, variant, c, p, "no workspace");
     const Guarded workspace(bytes, Tight::end, 256);
     std::memset(workspace.as(), 0xff, bytes);
-    const cuda::Outcome outcome =
-        cuda::backward(p, options, input.memory.as(), weights, saved.memory.as(), grad_output.memory.as(), gradients,
-                       workspace.as(), bytes, {0, nullptr});
+    const int64_t before = cuda_host::launches;
+    const cuda::Outcome outcome = cuda::backward(p, options, input.memory.as(), weights, saved.memory.as(),
+                                                 grad_output.memory.as(), gradients, workspace.as(), bytes, queue());
     expect(outcome.status == Status::ok && outcome.cuda_error == 0, variant, c, p, "backward refused");
+    if (pixels() > 0) hold_launches(wanted, cuda_host::launches - before);
     return memory;
+  }
+
+  // Against the table, where it has a line for such a pass.
+  void hold_launches(unsigned wanted, int64_t count) const {
+    std::string line = p.out_channels > 0 ? "pair" : "half";
+    line += p.mid_activation == Activation::identity ? " flat" : " mid";
+    char joint = ' ';
+    for (unsigned i = 0; i < (p.out_channels > 0 ? parts : 3); ++i)
+      if (wanted >> i & 1) {
+        line += joint + std::string(part_names[i]);
+        joint = '+';
+      }
+    const auto found = launches.find(line);
+    if (found == launches.end()) return;
+    launches_held.insert(line);
+    expect(count == found->second, variant, c, p,
+           std::to_string(count) + " kernels were launched, tests/cuda_launches.txt says: " + line + " " +
+               std::to_string(found->second));
   }
 
   void compare_with_oracle(unsigned part, const Tensor& got, const std::vector<double>& oracle,
@@ -105,6 +124,17 @@ struct Run {
         std::string(integers ? "integers" : "reals") + ", gradient of " + part_names[part] + " differs at " +
             std::to_string(bad) + ": got " +
             (bad < 0 ? "" : std::to_string(got.at(bad)) + " for " + std::to_string(oracle[static_cast<size_t>(bad)])));
+  }
+
+  // Passes for every choice of gradients, for hold_launches() alone.
+  void launches_of_each() {
+    std::mt19937 random(20240609);
+    const auto draw = [&](int64_t count) { return drawn(p.dtype, count, integers, wide, random); };
+    const Tensor input = draw(size_of(0)), depthwise_weight = draw(size_of(1)), depthwise_bias = draw(size_of(2));
+    const Tensor pointwise_weight = draw(size_of(3)), grad_output = draw(output_size()), saved = draw(output_size());
+    const Weights weights = {depthwise_weight.memory.as(), depthwise_bias.memory.as(), pointwise_weight.memory.as(),
+                             nullptr};
+    for (unsigned wanted = 0; wanted < 1u << parts; ++wanted) gradients_of(wanted, input, weights, saved, grad_output);
   }
 
   void all() {
@@ -194,6 +224,23 @@ void test_backward_tilings(const Variant& variant) {
         p.batch = 1;
         if (activation == Activation::relu6) test_backward(variant, c, p, false, true, false);
       }
+}
+
+void test_launches(const Variant& variant) {
+  Case c = {"launches", {}, true, true};
+  Problem& p = c.problem;
+  p.batch = p.multiplier = 1, p.channels = 3, p.height = p.width = 5, p.out_channels = 4;
+  p.kernel_h = p.kernel_w = 3, p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = 1;
+  p.dtype = variant.dtype, p.layout = Layout::nhwc;
+  for (const int64_t out_channels : {4, 0})
+    for (const Activation mid : {Activation::identity, Activation::silu}) {
+      p.out_channels = out_channels;
+      p.mid_activation = mid;
+      Run{variant, c, p, false, true, false}.launches_of_each();
+    }
+  for (const auto& line : launches)
+    expect(launches_held.count(line.first) != 0,
+           std::string(variant.name) + ": no pass was held against tests/cuda_launches.txt: " + line.first);
 }
 
 }  // namespace fastsep_tests

@@ -24,7 +24,7 @@ struct Run {
     if (cuda::forward_workspace_bytes(p, options, &bytes) != Status::ok) return false;
     const Guarded workspace(bytes, Tight::end, 256);
     const cuda::Outcome outcome =
-        cuda::forward(p, options, input.memory.as(), weights, output.memory.as(), workspace.as(), bytes, {0, nullptr});
+        cuda::forward(p, options, input.memory.as(), weights, output.memory.as(), workspace.as(), bytes, queue());
     return outcome.status == Status::ok && outcome.cuda_error == 0;
   }
 
@@ -109,7 +109,7 @@ void test_tilings(const Variant& variant) {
       p.pad_top = p.pad_bottom = p.pad_left = p.pad_right = layer.stride <= 2 ? layer.dilation : 0;
       p.dtype = variant.dtype, p.layout = layout;
       p.mid_activation = Activation::relu6, p.activation = Activation::hardswish;
-      cuda_host::multiprocessors = layer.multiprocessors;
+      multiprocessors = layer.multiprocessors;
       test_forward(variant, c, p, false, true);
     }
 }
@@ -123,7 +123,7 @@ void test_refusals(const Variant& variant) {
     p.height = p.width = p.kernel_h = p.kernel_w = kernel;
     p.stride_h = p.stride_w = p.dilation_h = p.dilation_w = 1;
     p.dtype = variant.dtype, p.layout = Layout::nhwc;
-    const cuda::Outcome outcome = cuda::forward(p, {variant.tf32}, nullptr, {}, nullptr, nullptr, 0, {0, nullptr});
+    const cuda::Outcome outcome = cuda::forward(p, {variant.tf32}, nullptr, {}, nullptr, nullptr, 0, queue());
     expect(outcome.status == Status::ok && outcome.cuda_error == cudaErrorInvalidConfiguration, variant, c, p,
            "not refused");
   }
