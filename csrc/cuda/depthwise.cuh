@@ -33,8 +33,9 @@ struct DepthwiseParams {
   int64_t batch, channels, multiplier, in_h, in_w, out_h, out_w;
   int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
   Activation activation;
-  bool from_output;  // derivative_from_output(activation)
-  bool turned;       // the filter, for the gradient
+  bool from_output;     // derivative_from_output(activation)
+  float corner, below;  // see keep_sides()
+  bool turned;          // the filter, for the gradient
   bool nhwc;
   bool vectors;  // `input` is aligned to 16 bytes
 
@@ -55,6 +56,19 @@ constexpr int depthwise_threads = 256;
 
 // ---- what becomes of the sums
 // ----------------------------------------------------------------------------------------
+
+// Where the output's slope jumps at +-corner and is taken from what is stored: a number within stays within, where
+// rounding to 16 bits would move it to the corner; at most to the next number of the type, `below`. A corner of 0 is
+// none.
+template <int N, int V>
+__device__ __forceinline__ void keep_sides(const DepthwiseParams& p, float (&values)[N][V]) {
+  if (p.corner == 0.f) return;
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      if (fabsf(values[i][v]) < p.corner) values[i][v] = clamp(values[i][v], -p.below, p.below);
+}
 
 // values[i] becomes act(values[i]), or gradient act'(values[i]) where gradient_at(i, v) gives one. Clamps are laid out
 // for every value, and all gradients asked for before the first is used; the rest are one piece of code.
@@ -79,6 +93,7 @@ __device__ __forceinline__ void finish(const DepthwiseParams& p, float (&values)
     for (int i = 0; i < N; ++i)
 #pragma unroll
       for (int v = 0; v < V; ++v) values[i][v] = clamp(values[i][v], low, high);
+    keep_sides(p, values);
     return;
   }
   rolled(values, [&](int i, float (&value)[V]) {
