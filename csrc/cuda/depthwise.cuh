@@ -71,20 +71,21 @@ __device__ __forceinline__ void keep_sides(const DepthwiseParams& p, float (&val
 }
 
 // values[i] becomes act(values[i]), or gradient act'(values[i]) where gradient_at(i, v) gives one. Clamps are laid out
-// for every value, and all gradients asked for before the first is used; the rest are one piece of code.
+// for every value, so that as many gradients are asked for at once as there are registers for; the rest are one piece
+// of code.
 template <int N, int V, class GradientAt>
 __device__ __forceinline__ void finish(const DepthwiseParams& p, float (&values)[N][V], GradientAt gradient_at) {
   const Activation act = p.activation;
   if (act == Activation::identity || act == Activation::relu || act == Activation::relu6) {
     if (p.gradient != nullptr) {
       const float low = act == Activation::identity ? NAN : 0.f, high = act == Activation::relu6 ? 6.f : NAN;
-      float g[N][V];
 #pragma unroll
-      for (int i = 0; i < N; ++i) gradient_at(i, g[i]);
+      for (int i = 0; i < N; ++i) {
+        float g[V];
+        gradient_at(i, g);
 #pragma unroll
-      for (int i = 0; i < N; ++i)
-#pragma unroll
-        for (int v = 0; v < V; ++v) values[i][v] = values[i][v] <= low || values[i][v] >= high ? 0.f : g[i][v];
+        for (int v = 0; v < V; ++v) values[i][v] = values[i][v] <= low || values[i][v] >= high ? 0.f : g[v];
+      }
       return;
     }
     const float low = act == Activation::identity ? -INFINITY : 0.f;
