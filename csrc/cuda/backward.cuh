@@ -159,11 +159,8 @@ struct Backward {
     float* const parts = reinterpret_cast<float*>(static_cast<char*>(workspace) + middle_bytes(g));
     cudaError_t error = cudaSuccess;
     const bool slopes = wants_depthwise(g) && problem.mid_activation != Activation::identity;
-    if (k > 0 && (g.pointwise_weight != nullptr || slopes)) {
-      Problem before = problem;
-      if (!keeps_value()) before.mid_activation = Activation::identity;
-      error = depthwise_forward<T>(before, input, weights, middle, queue);
-    }
+    if (k > 0 && (g.pointwise_weight != nullptr || slopes))
+      error = depthwise_before_slope<T>(problem, input, weights, middle, queue);
     if (error == cudaSuccess && k > 0 && (g.pointwise_weight != nullptr || g.bias != nullptr))
       error = pointwise<Arithmetic>(gradient, saved, middle, g, parts, queue);
     if (error != cudaSuccess || !wants_depthwise(g)) return error;

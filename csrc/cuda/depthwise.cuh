@@ -33,8 +33,9 @@ struct DepthwiseParams {
   int64_t batch, channels, multiplier, in_h, in_w, out_h, out_w;
   int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
   Activation activation;
-  bool from_output;  // derivative_from_output(activation)
-  bool turned;       // the filter, for the gradient
+  bool from_output;     // derivative_from_output(activation)
+  float corner, below;  // see keep_sides()
+  bool turned;          // the filter, for the gradient
   bool nhwc;
   bool vectors;  // `input` is aligned to 16 bytes
 
@@ -56,21 +57,40 @@ constexpr int depthwise_threads = 256;
 // ---- what becomes of the sums
 // ----------------------------------------------------------------------------------------
 
+// Where the output's slope jumps at +-corner and is taken from what is stored: a number within stays within, where
+// rounding to 16 bits would move it to the corner; at most to the next number of the type, `below`. A corner of 0 is
+// none.
+template <int N, int V>
+__device__ __forceinline__ void keep_sides(const DepthwiseParams& p, float (&values)[N][V]) {
+  if (p.corner == 0.f) return;
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+#pragma unroll
+    for (int v = 0; v < V; ++v)
+      if (fabsf(values[i][v]) < p.corner) values[i][v] = clamp(values[i][v], -p.below, p.below);
+}
+
 // values[i] becomes act(values[i]), or gradient act'(values[i]) where gradient_at(i, v) gives one. Clamps are laid out
-// for every value, and all gradients asked for before the first is used; the rest are one piece of code.
-template <int N, int V, class GradientAt>
+// for every value, the gradients of `together` asked for at once; the rest are one piece of code.
+template <int together, int N, int V, class GradientAt>
 __device__ __forceinline__ void finish(const DepthwiseParams& p, float (&values)[N][V], GradientAt gradient_at) {
   const Activation act = p.activation;
   if (act == Activation::identity || act == Activation::relu || act == Activation::relu6) {
     if (p.gradient != nullptr) {
       const float low = act == Activation::identity ? NAN : 0.f, high = act == Activation::relu6 ? 6.f : NAN;
-      float g[N][V];
+      rolled(reinterpret_cast<float (&)[N / together][together * V]>(values),
+             [&](int group, float (&of_group)[together* V]) {
+               float g[together][V];
 #pragma unroll
-      for (int i = 0; i < N; ++i) gradient_at(i, g[i]);
+               for (int i = 0; i < together; ++i) gradient_at(group * together + i, g[i]);
 #pragma unroll
-      for (int i = 0; i < N; ++i)
+               for (int i = 0; i < together; ++i)
 #pragma unroll
-        for (int v = 0; v < V; ++v) values[i][v] = values[i][v] <= low || values[i][v] >= high ? 0.f : g[i][v];
+                 for (int v = 0; v < V; ++v) {
+                   float& value = of_group[i * V + v];
+                   value = value <= low || value >= high ? 0.f : g[i][v];
+                 }
+             });
       return;
     }
     const float low = act == Activation::identity ? -INFINITY : 0.f;
@@ -79,6 +99,7 @@ __device__ __forceinline__ void finish(const DepthwiseParams& p, float (&values)
     for (int i = 0; i < N; ++i)
 #pragma unroll
       for (int v = 0; v < V; ++v) values[i][v] = clamp(values[i][v], low, high);
+    keep_sides(p, values);
     return;
   }
   rolled(values, [&](int i, float (&value)[V]) {
@@ -185,7 +206,8 @@ __global__ void __launch_bounds__(depthwise_threads, 2) depthwise_nhwc(const Dep
   const int64_t origin = n * out_h * out_w * channels + channel;
   const auto inside = [&](int oy, int ox) { return oy >= 0 && oy < out_h && ox >= 0 && ox < out_w; };
   const auto offset = [&](int oy, int ox) { return origin + (static_cast<int64_t>(oy) * out_w + ox) * channels; };
-  finish(p, sum, [&](int i, float (&g)[V]) {
+  // The registers that 3 x 3 weights of f32 leave are for one.
+  finish<sizeof(T) == 4 ? 1 : 4>(p, sum, [&](int i, float (&g)[V]) {
     const int oy = y + i / TX * step_y, ox = x + i % TX * step_x;
 #pragma unroll
     for (int v = 0; v < V; ++v) g[v] = 0.f;
@@ -270,7 +292,7 @@ __global__ void __launch_bounds__(depthwise_threads, K == 7 ? 2 : 3) depthwise_n
     const int64_t out = (first_plane + plane) * out_h * out_w;
     const auto inside = [&](int oy, int ox) { return oy >= 0 && oy < out_h && ox >= 0 && ox < out_w; };
     const auto offset = [&](int oy, int ox) { return out + static_cast<int64_t>(oy) * out_w + ox; };
-    finish(p, sum, [&](int j, float (&g)[1]) {
+    finish<4>(p, sum, [&](int j, float (&g)[1]) {
       const int oy = y + j / TX * step_y, ox = x + j % TX;
       g[0] = inside(oy, ox) ? to_float(static_cast<const T*>(p.gradient)[offset(oy, ox)]) : 0.f;
     });

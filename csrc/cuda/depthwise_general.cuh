@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(depthwise_threads) depthwise_general(const Dep
       sum[0][0] += to_float(row[in_x * step]) * to_float(filter[r * p.kernel_w + s]);
     }
   }
-  finish(p, sum, [&](int, float (&g)[1]) { g[0] = to_float(static_cast<const T*>(p.gradient)[index]); });
+  finish<1>(p, sum, [&](int, float (&g)[1]) { g[0] = to_float(static_cast<const T*>(p.gradient)[index]); });
   static_cast<T*>(p.output)[index] = from_float<T>(sum[0][0]);
 }
 

@@ -205,6 +205,29 @@ cudaError_t depthwise_forward(const Problem& problem, const void* input, const W
   return launch_depthwise<T>(p, false, queue);
 }
 
+// For the backward pass: z, that is output = u where mid_act' follows from u, else t = depthwise(input) +
+// depthwise_bias. mid_act'(z) is mid_act'(t) but for rounding: where it jumps, z stays on t's side. (At 0 rounding
+// keeps the sign.)
+template <class T>
+cudaError_t depthwise_before_slope(const Problem& problem, const void* input, const Weights& weights, void* output,
+                                   Queue queue) {
+  DepthwiseParams p = depthwise_params(problem);
+  p.input = input;
+  p.weight = weights.depthwise_weight;
+  p.bias = weights.depthwise_bias;
+  p.output = output;
+  const Activation act = problem.mid_activation;
+  p.activation = derivative_from_output(act) ? act : Activation::identity;
+  if (sizeof(T) == 2) {
+    const bool at_3 = act == Activation::hardswish || act == Activation::hardsigmoid;
+    p.corner = at_3 ? 3.f : act == Activation::relu6 ? 6.f : 0.f;
+    // Less a unit in the last place: of [2, 4) and [4, 8), with 10 or 7 bits behind the point.
+    const float unit = std::is_same<T, __half>::value ? 0x1p-10f : 0x1p-7f;
+    p.below = p.corner - unit * (at_3 ? 2.f : 4.f);
+  }
+  return launch_depthwise<T>(p, false, queue);
+}
+
 // dt = gradient * mid_act'(depthwise(input) + depthwise_bias). dt may be `gradient` itself.
 template <class T>
 cudaError_t depthwise_slope(const Problem& problem, const void* input, const Weights& weights, const void* gradient,

@@ -53,20 +53,20 @@ struct LaneChannels {
 };
 
 // `lanes` of them share a chunk.
-template <class T, bool packed>
-__device__ __forceinline__ int lane_channel(int lane, int lanes, int v) {
+template <class T, bool packed, int lanes>
+__device__ __forceinline__ int lane_channel(int lane, int v) {
   return packed ? lane * lane_channels<T> + v : lane + lanes * v;
 }
 
-template <class T, bool packed>
-__device__ __forceinline__ LaneChannels<T> lane_channels_of(const Forward& p, int first, int lane, int lanes) {
+template <class T, bool packed, int lanes>
+__device__ __forceinline__ LaneChannels<T> lane_channels_of(const Forward& p, int first, int lane) {
   LaneChannels<T> lc;
 #pragma unroll
   for (int v = 0; v < lane_channels<T>; ++v) {
-    lc.filter[v] = min(lane_channel<T, packed>(lane, lanes, v), p.depth - first - 1);
+    lc.filter[v] = min(lane_channel<T, packed, lanes>(lane, v), p.depth - first - 1);
     // Packed channels are read two at a time, so lanes beyond the last one stay where they are: the halo has room.
     lc.channel[v] =
-        packed ? lane_channel<T, packed>(lane, lanes, v) : (first + lc.filter[v]) / p.multiplier - first / p.multiplier;
+        packed ? lane_channel<T, packed, lanes>(lane, v) : (first + lc.filter[v]) / p.multiplier - first / p.multiplier;
   }
   return lc;
 }
@@ -179,14 +179,14 @@ __device__ __forceinline__ void add_taps_global(const Forward& p, float (&sums)[
 
 // A[pixel][channel] = mid_act(depthwise + bias), rounded once, for the channels from `first` on; zeros beyond the last.
 // A warp has a patch of pixels, its lanes the channels: so the lanes read and write 128 bytes of a row. Where half of
-// the channels are not there, as of 32 with 16 bits, each half of the warp has a patch of its own.
-template <class T, class Arithmetic, int threads, Taps taps, bool packed>
+// the channels are not there, as of 32 with 16 bits, each half of the warp has a patch of its own: 16 `lanes` instead
+// of 32.
+template <class T, class Arithmetic, int threads, Taps taps, bool packed, int lanes>
 __device__ __forceinline__ void depthwise_by(const Forward& p, const Place& at, const Shared& shared, const char* stage,
                                              int first) {
   constexpr int lane_values = lane_channels<T>;
-  const int log_lanes = p.depth - first <= chunk<T> / 2 ? 4 : 5, lanes = 1 << log_lanes;
-  const int lane = this_thread() & (lanes - 1);
-  const LaneChannels<T> lc = lane_channels_of<T, packed>(p, first, lane, lanes);
+  const int lane = this_thread() % lanes;
+  const LaneChannels<T> lc = lane_channels_of<T, packed, lanes>(p, first, lane);
   const T* copied = reinterpret_cast<const T*>(stage + p.halo_bytes);
   const T* biases = copied + (p.weights_shared ? chunk<T> * p.kernel_h * p.kernel_w : 0);
   float weights[9 * lane_values];
@@ -197,7 +197,7 @@ __device__ __forceinline__ void depthwise_by(const Forward& p, const Place& at, 
       for (int v = 0; v < lane_values; ++v) weights[tap * lane_values + v] = to_float(copied[lc.filter[v] * 9 + tap]);
   }
 #pragma unroll 1
-  for (int i = this_thread() >> log_lanes; i < p.patches; i += threads >> log_lanes) {
+  for (int i = this_thread() / lanes; i < p.patches; i += threads / lanes) {
     const int4 place = shared.patches[i];
     const int image = place.x, y = place.y, x = place.z;
     float sums[patch * lane_values] = {};
@@ -236,7 +236,7 @@ __device__ __forceinline__ void depthwise_by(const Forward& p, const Place& at, 
       float mine[lane_values];
 #pragma unroll
       for (int v = 0; v < lane_values; ++v) {
-        mine[v] = first + lane_channel<T, packed>(lane, lanes, v) < p.depth ? sums[j * lane_values + v] : 0.f;
+        mine[v] = first + lane_channel<T, packed, lanes>(lane, v) < p.depth ? sums[j * lane_values + v] : 0.f;
         if constexpr (std::is_same<Arithmetic, Tf32>::value) mine[v] = round_to_tf32(mine[v]);
       }
       if constexpr (packed || lane_values == 1) {
@@ -252,10 +252,12 @@ __device__ __forceinline__ void depthwise_by(const Forward& p, const Place& at, 
 template <class T, class Arithmetic, int threads, Taps taps>
 __device__ __forceinline__ void depthwise(const Forward& p, const Place& at, const Shared& shared, const char* stage,
                                           int first) {
-  if (taps != Taps::global && p.packed)
-    depthwise_by<T, Arithmetic, threads, taps, true>(p, at, shared, stage, first);
+  if (taps == Taps::global || !p.packed)
+    depthwise_by<T, Arithmetic, threads, taps, false, warp_size>(p, at, shared, stage, first);
+  else if (p.depth - first > chunk<T> / 2)
+    depthwise_by<T, Arithmetic, threads, taps, true, warp_size>(p, at, shared, stage, first);
   else
-    depthwise_by<T, Arithmetic, threads, taps, false>(p, at, shared, stage, first);
+    depthwise_by<T, Arithmetic, threads, taps, true, warp_size / 2>(p, at, shared, stage, first);
 }
 
 }  // namespace cuda

@@ -123,7 +123,9 @@ void estimate(Plan& plan, int processors) {
   const double taps = static_cast<double>(p.kernel_h) * p.kernel_w,
                chunks = static_cast<double>(divide_up(p.depth, chunk<T>));
   const double per_tap = p.taps == Taps::window ? 1.5 : slides(p) ? 2 : p.taps == Taps::shared ? 3 : 10;
-  const double halves = static_cast<double>(divide_up(p.depth, chunk<T> / 2));  // chunks that are half full take half
+  // Chunks that are half full take half, where half warps share them.
+  const double halves =
+      p.packed && p.taps != Taps::global ? static_cast<double>(divide_up(p.depth, chunk<T> / 2)) : 2 * chunks;
   const double depthwise = p.patches * patch * chunk<T> * (taps * per_tap + 3) / 128 * (halves / 2 / chunks);
   const double copies = p.taps == Taps::global ? 0 : p.halo_units * (p.wide_input && !p.planar ? 0.5 : 4);
   const double products = Tile::rows * Tile::columns * chunk<T> /

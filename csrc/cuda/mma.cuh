@@ -95,9 +95,9 @@ struct WarpTile {
 
   // The first `steps` steps of the chunk. An operand that lies `across` the sum is [chunk][rows], with a pitch that
   // spreads eight rows over the banks as well, and is turned as ldmatrix reads it (16-bit elements only). The fragments
-  // of the next columns, and of the next step, are asked for before the products of these; those of A only where there
-  // are other than 64 sums, beside which 128 registers, of two blocks on a multiprocessor, have no room for them.
-  // also(i, a) sees the fragments of A.
+  // of the next columns, and of the next step, are asked for before the products of these; with 64 sums, beside which
+  // 128 registers, of two blocks on a multiprocessor, have no room for them, that is left to the compiler and to the
+  // other warps. also(i, a) sees the fragments of A.
   template <class Of, class Also>
   __device__ __forceinline__ void add_laid_out(const char* a, const char* w, int steps, int lane, Also also) {
     constexpr int a_step = Of::a_across ? block_rows * Of::a_pitch : step_bytes;
@@ -115,10 +115,12 @@ struct WarpTile {
         load_fragments<Of::a_across>(of_a[step % 2][i], a + step * a_step + i * a_block);
     };
     const auto load_w = [&](int step, int j) {
-      load_fragments<Of::w_across>(of_w[j % 2], w + step * w_step + j * w_block);
+      load_fragments<Of::w_across>(of_w[ahead ? j % 2 : 0], w + step * w_step + j * w_block);
     };
-    if (ahead) load_a(0);
-    load_w(0, 0);
+    if (ahead) {
+      load_a(0);
+      load_w(0, 0);
+    }
 #pragma unroll
     for (int step = 0; step < chunk_bytes / step_bytes; ++step) {
       if (step >= steps) break;
@@ -136,12 +138,13 @@ struct WarpTile {
       if (ahead && !last) load_a(step + 1);
 #pragma unroll
       for (int j = 0; j < columns / 16; ++j) {
-        const uint32_t (&here)[4] = of_w[j % 2];
+        if (!ahead) load_w(step, j);
+        const uint32_t (&here)[4] = of_w[ahead ? j % 2 : 0];
         const uint32_t first[2] = {Multiply<Arithmetic>::operand(here[0]), Multiply<Arithmetic>::operand(here[1])};
         const uint32_t second[2] = {Multiply<Arithmetic>::operand(here[2]), Multiply<Arithmetic>::operand(here[3])};
-        if (j + 1 < columns / 16)
+        if (ahead && j + 1 < columns / 16)
           load_w(step, j + 1);
-        else if (!last)
+        else if (ahead && !last)
           load_w(step + 1, 0);
 #pragma unroll
         for (int i = 0; i < rows / 16; ++i) {

@@ -98,7 +98,9 @@ __device__ __forceinline__ void copy_operand(char* to, const void* data, int64_t
   using S = Staged<T, across, rows>;
   const T* const tensor = static_cast<const T*>(data);
   const int thread = this_thread();
-#pragma unroll
+  // Single words are many: all their addresses at once would not find room beside the sums.
+  [[maybe_unused]] constexpr int unrolled = S::turned ? 1 : S::units / threads;
+#pragma unroll unrolled
   for (int i = 0; i < S::units / threads; ++i) {
     const S unit(thread + i * threads);
     const bool inside = unit.row < rows_left && unit.r < left;
