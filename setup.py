@@ -40,7 +40,7 @@ def find_tool(name: str) -> str:
 
 
 def find_pybind11() -> list[str]:
-    """Nothing where it is not installed: then CMake takes the headers that come with torch."""
+    """Nothing where it is not installed: then cmake/BundledPybind11.cmake knows of other headers."""
     try:
         import pybind11
     except ImportError:

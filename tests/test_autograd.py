@@ -16,23 +16,26 @@ from fastsep._case import format_case
 from fastsep._check import NAMES, call, operands
 
 
-def shrunk(case):
+def shrunk(case, taps=3):
     """A case with all that makes it another, in few numbers: finite differences take a call for each of them.
 
-    Paddings stay on the sides where they were, and unequal where they were; kernels keep at most three taps a
-    side, strides and dilations at most 2 and 3; the plane has what gives two rows and columns, and three if
-    it had them.
+    Paddings stay on the sides where they were, and unequal where they were; kernels keep at most `taps` taps
+    a side, strides and dilations at most 2 and 3; the plane has what gives two rows and columns, and three
+    if it had them.
     """
-    few = {"n": 2, "c": 2, "k": 2, "m": 2, "kh": 3, "kw": 3, "sh": 2, "sw": 3, "dh": 2, "dw": 3}
-    few |= {"pt": 1, "pb": 2, "pl": 1, "pr": 2}
+    few = {"n": 2, "c": 2, "k": 2, "m": 2, "kh": taps, "kw": taps, "sh": 2, "sw": 3, "dh": 2, "dw": 3}
+    few |= dict.fromkeys(("pt", "pl"), taps // 2) | dict.fromkeys(("pb", "pr"), taps // 2 + 1)
     small = replace(case, name="", **{key: min(getattr(case, key), most) for key, most in few.items()})
     h = small.dh * (small.kh - 1) + 1 + small.sh - small.pt - small.pb
     w = small.dw * (small.kw - 1) + 1 + small.sw - small.pl - small.pr
     return replace(small, h=min(case.h, max(3, h)), w=min(case.w, max(3, w)))
 
 
-# Both halves, and the depthwise one of every other case alone; no image has no numbers.
+# Both halves, and the depthwise one of every other case alone; no image has no numbers. The kernels have
+# loops of their own for 5 and 7 taps.
 SMALL = list(dict.fromkeys(shrunk(case) for case in [*CASES, *map(half, CASES[::2])] if case.n))
+for name, part in product(["stride_2_5x5", "seven_by_seven"], [lambda case: case, half]):
+    SMALL.append(replace(shrunk(part(BY_NAME[name]), taps=7), n=1))
 
 
 def leaves(case, *needed):

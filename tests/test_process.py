@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,14 @@ CASE = BY_NAME["channels_64_to_24"]
 
 def result(case=CASE):
     return fastsep.separable_conv2d(**case.tensors(), **case.options)
+
+
+def gradients(case):
+    """Of all that has one, by the native backward pass."""
+    tensors = case.tensors()
+    needed = [tensor.requires_grad_() for tensor in tensors.values() if tensor is not None]
+    y = fastsep.separable_conv2d(**tensors, **case.options)
+    return torch.autograd.grad(y, needed, case.gradient())
 
 
 @pytest.fixture
@@ -46,14 +55,16 @@ def test_pools_are_lent_and_taken_back(own_pool):
 @needs_native
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("name", ["stride_2", "seven_by_seven", "many_images", "mobilenet_v1_first"])
-def test_both_pools_give_the_same_bits(name, own_pool):
+def test_both_pools_give_the_same_bits(name, own_pool, native_backward_calls):
     case = BY_NAME[name]
     for threads in (1, 2, 3, 7, 1):
         torch.set_num_threads(threads)
         _native.take_pool_back()
-        ours = result(case)
+        ours = result(case), *gradients(case)
         _native.lend_pool()
-        assert torch.equal(ours, result(case))
+        theirs = result(case), *gradients(case)
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert len(native_backward_calls) == 10
 
 
 @needs_native
@@ -84,16 +95,21 @@ def test_eight_threads_on_one_layer(pool, own_pool):
     inputs = [x.contiguous(memory_format=torch.channels_last) if i % 2 else x for i, x in enumerate(inputs)]
     with torch.no_grad():
         expected = [(layer(x), frozen(x)) for x in inputs]
+    case = replace(BY_NAME["stride_2"], n=3)
+    slopes = gradients(case)
     together = threading.Barrier(8)
 
     def work(i):
         together.wait()
         with torch.no_grad():
-            return all(
+            outputs = all(
                 torch.equal(layer(inputs[i]), expected[i][0])
                 and torch.equal(frozen(inputs[i]), expected[i][1])
                 for _ in range(50)
             )
+        return outputs and all(
+            torch.equal(a, b) for _ in range(10) for a, b in zip(gradients(case), slopes, strict=True)
+        )
 
     with ThreadPoolExecutor(8) as executor:
         assert all(executor.map(work, range(8)))
@@ -142,12 +158,17 @@ FORK = """
 import os, sys, torch, fastsep
 torch.set_num_threads(2)
 layer = fastsep.SeparableConv2d(64, 64, 3, padding=1).requires_grad_(False)
+trained = fastsep.SeparableConv2d(64, 64, 3, padding=1)
 x = torch.randn(2, 64, 40, 40)
 before = layer(x)
+def gradients():
+    return [g.numpy() for g in torch.autograd.grad(trained(x), list(trained.parameters()), before)]
+slopes = gradients()
 for generation in range(2):
     child = os.fork()
     if child == 0:
         same = all((layer(x).numpy() == before.numpy()).all() for _ in range(3))
+        same = same and all((a == b).all() for a, b in zip(gradients(), slopes))
         sys.stdout.write(f"{fastsep._native.core.thread_pool()} {same}\\n")
         sys.stdout.flush()
         os._exit(0)

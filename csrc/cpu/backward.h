@@ -1,7 +1,7 @@
 // The backward pass, once for both layouts: NCHW comes and goes through transposed tiles, because every product of
 // three sides (pixels, K, C) has the same three operands in any order.
 //
-//   dv = g * act'               [pixel][K]     packed for a band of pixels, in blocks of Rows pixels x width channels
+//   dv = g * act'               [pixel][K]     packed for a band of pixels, in blocks of Rows pixels x group channels
 //   u = mid_act(t)              [pixel][panel] computed again
 //   du = dv W                   [pixel][panel] rows dv, depth K;       then dt = du * mid_act'
 //   dW[k] += dv[pixel][k] * u   [K][panel]     rows dv by channel, depth pixels, into the part's sums
@@ -26,11 +26,16 @@ template <class V, class Shape>
 struct Backward {
   using T = typename V::T;
   static constexpr int Rows = Shape::rows, Columns = Shape::columns, Run = Shape::run;
-  static constexpr int panel = Columns * V::width, block = Rows * V::width;
+  // A group of output channels is cut into whole tiles of the product whose rows are output channels: of Rows rows
+  // where that takes no more than three vectors (6 rows on 8 lanes: 24 channels, 4 tiles), else into equal tiles of
+  // one vector (14 rows on 16 lanes: 2 tiles of 8).
+  static constexpr int together = least_common_multiple(Rows, V::width);
+  static constexpr int group = together <= 3 * V::width ? together : V::width;
+  static constexpr int panel = Columns * V::width, block = Rows * group;
 
   // Parts of the scratch, in elements.
   struct Scratch {
-    int64_t blocks;       // of V::width output channels
+    int64_t blocks;       // groups of output channels
     int64_t ring_rows;    // of dt that are kept
     int64_t ring_stride;  // from one filter's ring to the next
     int64_t input_rows, output_rows;
@@ -42,14 +47,14 @@ struct Backward {
     const int64_t pixels = plan.band_rows * plan.out_width;
     const bool planar = p.layout == Layout::nchw;
     Scratch s;
-    s.blocks = (p.out_channels + V::width - 1) / V::width;
+    s.blocks = (p.out_channels + group - 1) / group;
     s.ring_rows = smaller(plan.out_height, plan.halo + plan.band_rows);
     s.ring_stride = s.ring_rows * plan.out_width * panel;
     s.input_rows = is_copied(plan) ? smaller(p.height, (plan.band_rows - 1) * p.stride_h + reach(p)) : 0;
     s.output_rows = planar ? smaller(p.height, 1 + 64 / p.width) : 0;
     s.gradient = 0;
     s.saved = s.gradient + (pixels + Rows - 1) / Rows * s.blocks * block;
-    s.values = s.saved + block;
+    s.values = s.saved + s.blocks * block;
     s.arguments = s.values + pixels * panel;
     s.ring = s.arguments + (plan.mid_from_output ? 0 : pixels * panel);
     s.input = s.ring + (plan.need_inner && !is_in_place(plan) ? panels * p.multiplier * s.ring_stride : 0);
@@ -106,7 +111,8 @@ struct Backward {
         value_places(reinterpret_cast<int64_t*>(scratch_ + s.places)),
         input_places(value_places + plan_.out_width) {
     for (int64_t i = 0; i < plan.out_width; ++i) value_places[i] = i * panel;
-    for (int64_t i = 0; i < p.width; ++i) input_places[i] = i * (p.layout == Layout::nhwc ? p.channels : panel);
+    const int64_t input_stride = p.stride_w * (p.layout == Layout::nhwc ? p.channels : panel);
+    for (int64_t i = 0; i < (p.width + p.stride_w - 1) / p.stride_w; ++i) input_places[i] = i * input_stride;
   }
 
   void run() {
@@ -139,7 +145,8 @@ struct Backward {
       clear(layout.pointwise_sums, p.multiplier * p.out_channels * panel);
     clear(layout.depthwise_sums, p.multiplier * p.kernel_h * p.kernel_w * panel);
     clear(layout.depthwise_bias_sums, p.multiplier * panel);
-    if (work.panel_begin == 0) memset(sums + layout.bias_sums, 0, static_cast<size_t>(s.blocks * V::width) * sizeof(T));
+    if (work.panel_begin == 0)
+      memset(sums + layout.bias_sums, 0, static_cast<size_t>(round_up(p.out_channels, V::width)) * sizeof(T));
   }
 
   void bands(int64_t image, int64_t begin, int64_t end, bool counts, T* sums) {
@@ -202,51 +209,83 @@ struct Backward {
 
   // ---- dv -----------------------------------------------------------------------------------------------------------
 
-  // Pixels [first, first + pixels) of a band, channels [k, k + width), of a tensor like the output.
-  void take_block(const void* tensor, const Band& b, int64_t first, int64_t pixels, int64_t k, T* to) const {
-    const int64_t lanes = smaller<int64_t>(V::width, p.out_channels - k), plane = plan.out_height * plan.out_width;
-    const int64_t pixel = b.begin * plan.out_width + first;
+  // Pixels [first, first + pixels) of a band, at most Rows, of a tensor like the output; zeros behind the last channel
+  // of its vector. Pixels of channels-last are read whole, one after the other.
+  void take_pixels(const void* tensor, const Band& b, int64_t first, int64_t pixels, T* to) const {
+    const int64_t plane = plan.out_height * plan.out_width, pixel = b.begin * plan.out_width + first;
     const T* image = static_cast<const T*>(tensor) + b.image * plane * p.out_channels;
     if (p.layout == Layout::nhwc) {
-      const T* from = image + pixel * p.out_channels + k;
-      if (lanes == V::width)
-        for (int64_t i = 0; i < pixels; ++i) V::store(to + i * V::width, V::load(from + i * p.out_channels));
-      else
-        for (int64_t i = 0; i < pixels; ++i)
-          V::store(to + i * V::width, V::load_n(from + i * p.out_channels, static_cast<int>(lanes)));
-    } else {
-      if (lanes < V::width)
-        for (int64_t i = 0; i < pixels; ++i) V::store(to + i * V::width, V::set1(0));
-      transpose<V>(image + k * plane + pixel, lanes, pixels, plane, to, V::width);
+      const T* from = image + pixel * p.out_channels;
+      for (int64_t i = 0; i < pixels; ++i, from += p.out_channels)
+        for (int64_t k = 0; k < p.out_channels; k += group)
+          copy_vectors(from + k, smaller<int64_t>(group, p.out_channels - k), to + k / group * block + i * group);
+      return;
     }
+    for (int64_t k = 0; k < p.out_channels; k += group, to += block) {
+      const int64_t channels = smaller<int64_t>(group, p.out_channels - k), whole = channels / V::width * V::width;
+      for (int64_t i = 0; whole < channels && i < pixels; ++i) V::store(to + i * group + whole, V::set1(0));
+      transpose<V>(image + k * plane + pixel, channels, pixels, plane, to, group);
+    }
+  }
+
+  static void copy_vectors(const T* from, int64_t count, T* to) {
+    int64_t i = 0;
+    for (; i + V::width <= count; i += V::width) V::store(to + i, V::load(from + i));
+    if (i < count) V::store(to + i, V::load_n(from + i, static_cast<int>(count - i)));
   }
 
   void pack_gradient(const Band& b) const {
     const int64_t pixels = (b.end - b.begin) * plan.out_width;
-    T* to = scratch + s.gradient;
-    for (int64_t first = 0; first < pixels; first += Rows) {
+    T *to = scratch + s.gradient, *const saved = scratch + s.saved;
+    for (int64_t first = 0; first < pixels; first += Rows, to += s.blocks * block) {
       const int64_t count = smaller<int64_t>(Rows, pixels - first);
-      for (int64_t k = 0; k < p.out_channels; k += V::width, to += block) {
-        take_block(plan.grad_output, b, first, count, k, to);
-        if (p.activation == Activation::identity) continue;
-        take_block(plan.saved, b, first, count, k, scratch + s.saved);
-        multiply_by_slope<V>(p.activation, to, scratch + s.saved, count * V::width);
+      take_pixels(plan.grad_output, b, first, count, to);
+      if (p.activation == Activation::identity) continue;
+      take_pixels(plan.saved, b, first, count, saved);
+      for (int64_t k = 0, at = 0; k < p.out_channels; k += group, at += block) {
+        const int64_t channels = smaller<int64_t>(group, round_up(p.out_channels - k, V::width));
+        const int64_t spans = channels == group ? 1 : count;
+        for (int64_t i = 0; i < spans; ++i)
+          multiply_by_slope<V>(p.activation, to + at + i * group, saved + at + i * group, count / spans * channels);
       }
     }
   }
 
   void bias_gradient(const Band& b) const {
     const int64_t pixels = (b.end - b.begin) * plan.out_width;
-    for (int64_t k = 0; k < s.blocks; ++k) {
-      T* const sums = b.sums + layout.bias_sums + k * V::width;
-      auto acc = V::load(sums);
-      for (int64_t first = 0; first < pixels; first += Rows) {
-        const T* dv = scratch + s.gradient + (first / Rows * s.blocks + k) * block;
-        for (int64_t i = smaller<int64_t>(Rows, pixels - first); i > 0; --i, dv += V::width)
-          acc = V::add(acc, V::load(dv));
-      }
-      V::store(sums, acc);
+    const auto first_pixel = [&](int64_t k) { return scratch + s.gradient + k / group * block + k % group; };
+    constexpr int many = 4;
+    int64_t k = 0;
+    for (; k + many * V::width <= p.out_channels; k += many * V::width) {
+      const T* from[many];
+      for (int i = 0; i < many; ++i) from[i] = first_pixel(k + i * V::width);
+      add_pixels<many>(from, group, Rows, s.blocks * block, pixels, b.sums + layout.bias_sums + k);
     }
+    for (; k < p.out_channels; k += V::width) {
+      const T* from[1] = {first_pixel(k)};
+      add_pixels<1>(from, group, Rows, s.blocks * block, pixels, b.sums + layout.bias_sums + k);
+    }
+  }
+
+  // Adds vectors of pixels to their sums, one pixel after the other; several vectors at a time, whose chains of
+  // additions overlap. `neighbours` pixels are `stride` apart, then come the next ones, `next` further.
+  template <int Vectors, class Count = Constant<V::width>>
+  static void add_pixels(const T* (&from)[Vectors], int64_t stride, int64_t neighbours, int64_t next, int64_t pixels,
+                         T* sums, Count lanes = {}) {
+    typename V::Reg acc[Vectors];
+    FASTSEP_UNROLL
+    for (int v = 0; v < Vectors; ++v) acc[v] = V::load(sums + v * V::width);
+    for (; pixels > 0; pixels -= neighbours) {
+      const int64_t count = smaller(pixels, neighbours);
+      for (int64_t i = 0; i < count; ++i) {
+        FASTSEP_UNROLL
+        for (int v = 0; v < Vectors; ++v) acc[v] = V::add(acc[v], V::load_n(from[v] + i * stride, lanes));
+      }
+      FASTSEP_UNROLL
+      for (int v = 0; v < Vectors; ++v) from[v] += next;
+    }
+    FASTSEP_UNROLL
+    for (int v = 0; v < Vectors; ++v) V::store(sums + v * V::width, acc[v]);
   }
 
   // ---- the two products -------------------------------------------------------------------------------------------
@@ -257,7 +296,7 @@ struct Backward {
     Product<T> product = {};
     product.groups = 1;
     product.depth = p.out_channels;
-    product.block_depth = V::width;
+    product.block_depth = group;
     product.a_block_stride = block;
     product.a_stride = 1;
     product.b = packed<T>(plan, layout.pointwise) + index * p.out_channels * panel;
@@ -268,21 +307,20 @@ struct Backward {
     for (int64_t first = 0; first < pixels; first += Rows) {
       product.a = scratch + s.gradient + first / Rows * s.blocks * block;
       product.c = du + first * panel;
-      multiply<V, Rows, Columns, V::width>(product, smaller<int64_t>(Rows, pixels - first),
-                                           (channels + V::width - 1) / V::width);
+      multiply<V, Rows, Columns, group>(product, smaller<int64_t>(Rows, pixels - first),
+                                        (channels + V::width - 1) / V::width);
     }
   }
 
-  // The rows are the channels of a block, so the block is cut where it is longer than the tile is high.
+  // The rows are output channels of one group; those of the last are cut as evenly as possible, for a tile of few rows
+  // waits for its own sums.
   void pointwise_gradient(const Band& b, int64_t index, int64_t channels) const {
-    constexpr int64_t row_tiles = (V::width + Rows - 1) / Rows, rows = V::width / row_tiles;
-    static_assert(rows * row_tiles == V::width, "a block of channels is cut into equal tiles");
     Product<T> product = {};
     product.groups = 1;
     product.depth = (b.end - b.begin) * plan.out_width;
     product.block_depth = Rows;
     product.a_block_stride = s.blocks * block;
-    product.a_stride = V::width;
+    product.a_stride = group;
     product.b = scratch + s.values;
     product.b_stride = panel;
     product.clamp = clamp_of<T>(Activation::identity);
@@ -295,11 +333,15 @@ struct Backward {
     const bool first = plan.direct && b.image == 0 && b.begin == 0;
     product.start_stride = first ? 0 : product.c_stride;
     product.column_count = plan.direct ? channels : panel;
-    for (int64_t k = 0; k < p.out_channels; k += rows) {
-      product.a = scratch + s.gradient + k / V::width * block + k % V::width;
-      product.c = sums + k * product.c_stride;
-      product.start = first ? packed<T>(plan, layout.zeros) : product.c;
-      multiply<V, Rows, Columns, 1>(product, smaller(rows, p.out_channels - k), (channels + V::width - 1) / V::width);
+    for (int64_t k = 0; k < p.out_channels; k += group) {
+      const int64_t count = smaller<int64_t>(group, p.out_channels - k), tiles = (count + Rows - 1) / Rows;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t begin = cut(count, tiles, i);
+        product.a = scratch + s.gradient + k / group * block + begin;
+        product.c = sums + (k + begin) * product.c_stride;
+        product.start = first ? packed<T>(plan, layout.zeros) : product.c;
+        multiply<V, Rows, Columns, 1>(product, cut(count, tiles, i + 1) - begin, (channels + V::width - 1) / V::width);
+      }
     }
   }
 
@@ -323,9 +365,7 @@ struct Backward {
 
   // Some channels of neighbouring pixels of x, in whole vectors.
   void copy_panel(const T* from, int64_t pixels, int64_t channels, T* to) const {
-    for (int64_t i = 0; i < pixels; ++i, from += p.channels, to += panel)
-      for (int64_t c = 0; c < channels; c += V::width)
-        V::store(to + c, V::load_n(from + c, static_cast<int>(smaller<int64_t>(V::width, channels - c))));
+    for (int64_t i = 0; i < pixels; ++i, from += p.channels, to += panel) copy_vectors(from, channels, to);
   }
 
   // t and u of one filter.
@@ -400,11 +440,15 @@ struct Backward {
     if (plan.gradients.depthwise_bias != nullptr) {
       T* const sums = b.sums + layout.depthwise_bias_sums + index * panel;
       const int64_t pixels = (b.end - b.begin) * plan.out_width;
+      if (channels == panel) {
+        const T* from[Columns];
+        for (int i = 0; i < Columns; ++i) from[i] = dt + i * V::width;
+        return add_pixels<Columns>(from, dt_stride, pixels, 0, pixels, sums);
+      }
       for (int64_t c = 0; c < channels; c += V::width) {
-        const int lanes = static_cast<int>(smaller<int64_t>(V::width, channels - c));
-        auto acc = V::load(sums + c);
-        for (int64_t i = 0; i < pixels; ++i) acc = V::add(acc, V::load_n(dt + i * dt_stride + c, lanes));
-        V::store(sums + c, acc);
+        const T* from[1] = {dt + c};
+        add_pixels<1>(from, dt_stride, pixels, 0, pixels, sums + c,
+                      static_cast<int>(smaller<int64_t>(V::width, channels - c)));
       }
     }
   }

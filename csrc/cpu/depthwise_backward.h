@@ -174,7 +174,7 @@ struct InputGradient {
   const T* weight;                      // [taps in the order of the classes][weight_stride]
   int64_t weight_stride;
   bool finite;           // the weights
-  const int64_t* place;  // [columns]: p * output_stride
+  const int64_t* place;  // [columns / stride, up]: p * stride * output_stride
   const T* zeros;        // a panel of them
   bool add;              // to what `output` has
   T* output;             // dx, rows row_begin and on
@@ -208,7 +208,7 @@ void input_gradient(const InputGradient<typename V::T>& g) {
       row.output = g.output + (iy - g.row_begin) * g.output_row_stride + phase * g.output_stride;
       row.start = g.add ? row.output : g.zeros;
       row.start_stride = g.add ? row.output_stride : 0;
-      placed_or_plain_row<V, Run>(row, g.place, g.finite && g.taps_w.stride == 1);
+      placed_or_plain_row<V, Run>(row, g.place, g.finite);
     }
   }
 }

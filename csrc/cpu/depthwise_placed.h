@@ -1,5 +1,6 @@
 // Rows of a channels-last depthwise convolution in pieces of 4 to 8 pixels, whole vectors along channels: what
-// channels_last_row() does, for kernels of 3 or 5 columns without dilation, with less to decide in each piece.
+// channels_last_row() does, for kernels of 1, 2, 3 or 5 columns without dilation, with less to decide in each piece.
+// Kernels of 1 and 2 columns are what a stride of 2 leaves of one of 3 in the gradient of the input.
 //
 // A tap beside the plane reads zeros instead of being left out, so the weights have to be finite. Pixels are put where
 // a table says, so that a piece need not end where a group of the product does. 8 pixels of 3 columns, stride 1: 8 sums
@@ -120,7 +121,8 @@ bool all_finite(const typename V::T* weight, int64_t count, int64_t rows = 1, in
 template <class V>
 bool takes_placed_rows(const ChannelsLastRow<typename V::T>& row) {
   const int64_t needed = (row.pixels - 1) * row.stride_w + row.taps_w;
-  return !V::large_depthwise_tiles && (row.taps_w == 3 || row.taps_w == 5) && row.dilation_w == 1 &&
+  const bool few_taps = row.taps_w <= 2 && row.stride_w == 1;
+  return !V::large_depthwise_tiles && (few_taps || row.taps_w == 3 || row.taps_w == 5) && row.dilation_w == 1 &&
          row.stride_w <= 2 && row.pixels >= shortest_piece && row.channels >= V::width && row.start_stride == 0 &&
          -row.left <= row.taps_w / 2 && row.left + needed - row.width <= row.taps_w / 2;
 }
@@ -145,7 +147,11 @@ void placed_rows(const ChannelsLastRow<typename V::T>& row, const int64_t* place
   placed.output = row.output;
   placed.place = place;
   placed.vector_stride = row.output_vector_stride;
-  if (row.taps_w == 3)
+  if (row.taps_w == 1)
+    placed_row<V, 1, 1>(placed);
+  else if (row.taps_w == 2)
+    placed_row<V, 2, 1>(placed);
+  else if (row.taps_w == 3)
     row.stride_w == 1 ? placed_row<V, 3, 1>(placed) : placed_row<V, 3, 2>(placed);
   else
     row.stride_w == 1 ? placed_row<V, 5, 1>(placed) : placed_row<V, 5, 2>(placed);

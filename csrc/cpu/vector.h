@@ -48,6 +48,12 @@ FASTSEP_INLINE int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 
+constexpr int least_common_multiple(int a, int b) {
+  int multiple = a;
+  while (multiple % b != 0) multiple += a;
+  return multiple;
+}
+
 // a, which the compiler may not compute again from what it was computed from.
 template <class A>
 FASTSEP_INLINE A in_register(A a) {
