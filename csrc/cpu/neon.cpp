@@ -6,14 +6,18 @@
 //   channels-last 3 x 3      16 sums (two rows) + 9 weights + 1 input      = 26
 //   NCHW 3 x 3               8 sums + 9 weights + 2 inputs                 = 19
 //
-// Tiles of the product on llvm-mca's models, in FMAs per cycle (benchmarks/arm_analysis.py):
+// Tiles of the channels-last product on the models of LLVM 22, in FMAs per cycle (benchmarks/arm_analysis.py --tiles):
 //
 //                8 x 2   6 x 3   7 x 3   5 x 4   4 x 4
-//   Cortex-A53    0.58    0.56    0.56    0.56    0.47
-//   Neoverse N1   1.88    1.94    1.91    1.86    1.64
-//   Neoverse V1   3.99    3.99    3.81    3.80    3.65
+//   Cortex-A53    0.51    0.51    0.54    0.54    0.50
+//   Cortex-A72    1.00    1.00    1.00    1.00    1.00
+//   Neoverse N1   1.77    1.89    1.95    1.90    1.73
+//   Neoverse V1   3.99    3.99    3.99    3.99    3.99
+//   Apple M1      2.99    2.99    3.00    2.99    2.99
 //
-// No other one gains 5 % anywhere, so small cores have none of their own; and a panel of 8 divides more sizes than 12.
+// The model of N1 dispatches three micro-ops a cycle, and a load of a pair is two, so it counts those: 92 for 64 FMAs.
+// A panel of 12 gains less than the 6 % of 7 x 3 on A53, for 16 vectors of channels leave it one of 7 x 1, and that is
+// no reason for a second kernel in every package: small cores have none of their own.
 #define FASTSEP_ISA neon
 #include "simd/neon.h"
 
