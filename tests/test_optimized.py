@@ -6,13 +6,13 @@ import copy
 import io
 import pickle
 import sys
-import time
 
 import pytest
 import torch
 from commands import run
 from networks import network
 from optimizing import Block, X, check, made, settled
+from timing import best_in_turns
 from torch import nn
 
 import fastsep
@@ -155,15 +155,6 @@ def test_python_does_little():
     assert len(calls) < 40
 
 
-def best(function, count=50):
-    times = []
-    for _ in range(count):
-        begin = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - begin)
-    return min(times)
-
-
 def test_checks_take_little_time(threads):
     """Of what each call asks before it runs: less than a twentieth of MobileNetV1's time, in both modes."""
     torch.set_num_threads(1)
@@ -175,11 +166,18 @@ def test_checks_take_little_time(threads):
         assert forward._is_plain_inference((x,))
         assert forward._plan().graph is not None
 
-    with torch.no_grad():
-        without, whole = best(checks), best(lambda: optimized(x), 5)
-    assert without < whole / 20
+    def checks_without_gradients():
+        with torch.no_grad():
+            checks()
+
+    def whole():
+        with torch.no_grad():
+            optimized(x)
+
+    assert best_in_turns(checks_without_gradients)[0] < best_in_turns(whole, turns=5)[0] / 20
     # One more question for each tensor, to its own attribute: a third of what the state asks of it.
-    assert best(checks) < 1.6 * without
+    without, with_gradients = best_in_turns(checks_without_gradients, checks)
+    assert with_gradients < 1.6 * without
 
 
 def test_other_inputs(pair):
