@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 
 def best_in_turns(*functions: Callable[[], object], turns: int = 200) -> list[float]:
-    """The least seconds of each, called one after the other: so a slow while of the machine is a slow one for all."""
+    """The least seconds of each, called in turns: a slow while of the machine is a slow one for all."""
     best = [float("inf")] * len(functions)
     for _ in range(turns):
         for i, function in enumerate(functions):
