@@ -247,22 +247,32 @@ FASTSEP_NOINLINE void channels_last_two_rows(const ChannelsLastRun<typename V::T
   constexpr int taps = 3;
   constexpr T infinity = static_cast<T>(HUGE_VAL);
   const Reg low = V::set1(run.clamp.low), high = V::set1(run.clamp.high);
-  const int64_t weight_stride = run.weight_stride, output_stride = run.output_stride;
+  const int has_high = in_register(static_cast<int>(run.clamp.high < infinity));
+  const int64_t weight_stride = run.weight_stride, row_stride = run.input_row_stride;
+  const int64_t output_stride = run.output_stride, vector_stride = run.output_vector_stride;
   int64_t offsets[Run + taps - 1];
   FASTSEP_UNROLL
   for (int i = 0; i < Run + taps - 1; ++i) offsets[i] = in_register(i * run.input_stride * int64_t(sizeof(T)));
-  ChannelsLastRun<T> rest = run;
-  for (; rest.channels >= V::width; rest.channels -= V::width) {
+  const T *input = run.input, *all_weights = run.weight, *start = run.start;
+  T* output = run.output;
+  int64_t channels = run.channels;
+  // Pointers that walk, out of the compiler's sight: it would keep the offset of each step, more than there are
+  // registers for.
+  for (; channels >= V::width; channels -= V::width) {
     Reg weights[taps * taps], acc[2][Run];
-    const T* weight = rest.weight;
+    const T* weight = all_weights;
     FASTSEP_UNROLL
-    for (int t = 0; t < taps * taps; ++t, weight += weight_stride) weights[t] = V::load(weight);
-    const Reg start = V::load(rest.start);
+    for (int t = 0; t < taps * taps; ++t, weight = in_register(weight + weight_stride)) weights[t] = V::load(weight);
+    // Loads, since copies of one register would take FMAs' turns.
     FASTSEP_UNROLL
-    for (int p = 0; p < Run; ++p) acc[0][p] = acc[1][p] = start;
-    const T* row = rest.input;
+    for (int p = 0; p < Run; ++p, start = in_register(start)) {
+      acc[0][p] = V::load(start);
+      start = in_register(start);
+      acc[1][p] = V::load(start);
+    }
+    const T* row = input;
     FASTSEP_UNROLL
-    for (int i = 0; i < taps + 1; ++i, row += run.input_row_stride) {
+    for (int i = 0; i < taps + 1; ++i, row = in_register(row + row_stride)) {
       FASTSEP_UNROLL
       for (int column = 0; column < Run + taps - 1; ++column) {
         const Reg x = V::in_register(V::load(bytes_on(row, offsets[column])));
@@ -275,25 +285,29 @@ FASTSEP_NOINLINE void channels_last_two_rows(const ChannelsLastRun<typename V::T
         }
       }
     }
-    const auto finish = [&](auto clamp) FASTSEP_INLINE_LAMBDA {
-      FASTSEP_UNROLL
-      for (int o = 0; o < 2; ++o) {
-        FASTSEP_UNROLL
-        for (int p = 0; p < Run; ++p)
-          V::store(rest.output + o * output_row_stride + p * output_stride, clamp(acc[o][p]));
-      }
-    };
     // The minimum that identity and relu do without would take a tenth of the tile's time.
-    if (run.clamp.high < infinity)
-      finish([&](Reg sum) FASTSEP_INLINE_LAMBDA { return V::min(high, V::max(low, sum)); });
-    else
-      finish([&](Reg sum) FASTSEP_INLINE_LAMBDA { return V::max(low, sum); });
-    rest.input += V::width;
-    rest.weight += V::width;
-    rest.start += V::width;
-    rest.output += run.output_vector_stride;
+    if (has_high != 0) {
+      FASTSEP_UNROLL
+      for (int p = 0; p < 2 * Run; ++p) acc[p / Run][p % Run] = V::min(high, acc[p / Run][p % Run]);
+    }
+    FASTSEP_UNROLL
+    for (int o = 0; o < 2; ++o) {
+      T* place = output + o * output_row_stride;
+      FASTSEP_UNROLL
+      for (int p = 0; p < Run; ++p, place = in_register(place + output_stride)) V::store(place, V::max(low, acc[o][p]));
+    }
+    input += V::width;
+    all_weights += V::width;
+    start += V::width;
+    output += vector_stride;
   }
-  if (rest.channels == 0) return;
+  if (channels == 0) return;
+  ChannelsLastRun<T> rest = run;
+  rest.input = input;
+  rest.weight = all_weights;
+  rest.start = start;
+  rest.output = output;
+  rest.channels = channels;
   channels_last_depthwise<V, Run>(rest);
   rest.input += run.input_row_stride;
   rest.output += output_row_stride;

@@ -18,57 +18,68 @@ struct PlanarChannel {
   int64_t taps_h, taps_w;
   const int64_t* tap_offset;  // [taps_w]
   const T* weight;            // [taps_h][taps_w]
-  T bias;
+  const T* start;             // the bias, a vector of it
   Clamp<T> clamp;
   T* output;  // output row y at output + y * output_stride; may run over its end by one vector
   int64_t output_stride, out_rows, columns;
 };
 
-constexpr int planar_block = 4;
+// Output rows at a time. Where there are registers for it seven, which divides the heights of most networks' planes:
+// 7 x 2 sums + 9 weights + 2 inputs are 25, and 9 x 3 x 2 loads serve 126 FMAs, 0.43 each, instead of 0.5.
+template <class V>
+constexpr int planar_block = V::large_depthwise_tiles ? 7 : 4;
 
-// Four output rows of Vectors vectors at a time, so that a weight, and for Taps x Taps with vertical stride StrideH and
-// no dilation also an input vector, is loaded once for several FMAs. 3 x 3, stride 1: nine weights resident, 6 rows x
-// 3 loads for 36 FMAs; 4 sums + 9 weights + 1 input are 14 registers. Larger kernels keep their broadcast weights in
-// memory: with 2 vectors, 7 x 7 has 49 x 4 weight loads and 10 x 7 x 2 unaligned input loads for 392 FMAs.
+// Some output rows of Vectors vectors at a time, so that a weight, and for Taps x Taps with vertical stride StrideH and
+// no dilation also an input vector, is loaded once for several FMAs. Four rows, 3 x 3, stride 1: nine weights resident,
+// 6 rows x 3 loads for 36 FMAs; 4 sums + 9 weights + 1 input are 14 registers. Larger kernels keep their broadcast
+// weights in memory: with 2 vectors, 7 x 7 has 49 x 4 weight loads and 10 x 7 x 2 unaligned input loads for 392 FMAs.
 // Taps = 0: any kernel.
 template <class V, int Taps, int StrideH, int Vectors>
 FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
   using T = typename V::T;
   using Reg = typename V::Reg;
-  constexpr int block = planar_block;
+  constexpr int block = planar_block<V>, span = Vectors * V::width;
+  constexpr T infinity = static_cast<T>(HUGE_VAL);
   const Reg low = V::set1(channel.clamp.low), high = V::set1(channel.clamp.high);
+  const int has_high = in_register(static_cast<int>(channel.clamp.high < infinity));
   constexpr int known = Taps > 0 ? Taps * Taps : 1;
   Reg weights[known];
   FASTSEP_UNROLL
   for (int i = 0; i < known; ++i) weights[i] = V::set1(channel.weight[i]);
   int64_t offsets[Taps > 0 ? Taps : 1];
   for (int s = 0; s < Taps; ++s) offsets[s] = channel.tap_offset[s];
-  const int64_t output_stride = channel.output_stride;
+  const int64_t output_stride = channel.output_stride, columns = channel.columns;
+  const T* start = channel.start;
   for (int64_t y = 0; y < channel.out_rows; y += block) {
-    const T* const* rows = channel.rows + y * channel.stride_h;
+    const T* const* rows = in_register(channel.rows + y * channel.stride_h);
+    T* const output_rows = channel.output + y * output_stride;
     const int64_t count = smaller<int64_t>(block, channel.out_rows - y);
-    for (int64_t next = 0; next < channel.columns; next += Vectors * V::width) {
-      // The last vectors of a row move back to end with it. Where a row is shorter than a vector, what is stored
-      // behind its end is overwritten by the next row.
-      int64_t x[Vectors];
-      FASTSEP_UNROLL
-      for (int v = 0; v < Vectors; ++v)
-        x[v] = larger<int64_t>(0, smaller(next + v * V::width, channel.columns - V::width));
+    for (int64_t next = 0; next < columns; next += span) {
+      // The last vectors of a row move back to end with it. Where a row is shorter than that, what is stored behind its
+      // end is overwritten by the next row.
+      const int64_t x = larger<int64_t>(0, smaller(next, columns - span));
       Reg acc[block][Vectors];
+      // Loads, since copies of one register would take FMAs' turns. The pointer goes on through all rounds out of the
+      // compiler's sight, or there would be a register with the same address for each.
       FASTSEP_UNROLL
       for (int b = 0; b < block; ++b) {
         FASTSEP_UNROLL
-        for (int v = 0; v < Vectors; ++v) acc[b][v] = V::set1(channel.bias);
+        for (int v = 0; v < Vectors; ++v, start = in_register(start)) acc[b][v] = V::load(start);
       }
       if constexpr (Taps > 0) {
         constexpr int input_rows = (block - 1) * StrideH + Taps;
+        int64_t at[Taps];
+        FASTSEP_UNROLL
+        for (int s = 0; s < Taps; ++s) at[s] = in_register((x + offsets[s]) * int64_t(sizeof(T)));
         FASTSEP_UNROLL
         for (int i = 0; i < input_rows; ++i) {
           FASTSEP_UNROLL
           for (int s = 0; s < Taps; ++s) {
+            const T* place = bytes_on(rows[i], at[s]);
+            if (Vectors > 1) place = in_register(place);  // ARM loads a pair from an address without an index only
             Reg input[Vectors];
             FASTSEP_UNROLL
-            for (int v = 0; v < Vectors; ++v) input[v] = V::in_register(V::load(rows[i] + x[v] + offsets[s]));
+            for (int v = 0; v < Vectors; ++v) input[v] = V::in_register(V::load(place + v * V::width));
             FASTSEP_UNROLL
             for (int b = 0; b < block; ++b) {
               const int r = i - b * StrideH;
@@ -86,21 +97,34 @@ FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
             const Reg w = V::set1(*weight);
             FASTSEP_UNROLL
             for (int b = 0; b < block; ++b) {
-              const T* row = tap_rows[b * channel.stride_h] + channel.tap_offset[s];
+              const T* place = tap_rows[b * channel.stride_h] + channel.tap_offset[s] + x;
               FASTSEP_UNROLL
-              for (int v = 0; v < Vectors; ++v) acc[b][v] = V::fma(V::load(row + x[v]), w, acc[b][v]);
+              for (int v = 0; v < Vectors; ++v) acc[b][v] = V::fma(V::load(place + v * V::width), w, acc[b][v]);
             }
           }
         }
       }
-      T* output = channel.output + y * output_stride;
-      FASTSEP_UNROLL
-      for (int b = 0; b < block; ++b) {
-        if (b >= count) break;
+      // The minimum that identity and relu do without would take a tenth of the tile's time.
+      if (has_high != 0) {
         FASTSEP_UNROLL
-        for (int v = 0; v < Vectors; ++v)
-          V::store(output + b * output_stride + x[v], V::min(high, V::max(low, acc[b][v])));
+        for (int b = 0; b < block; ++b) {
+          FASTSEP_UNROLL
+          for (int v = 0; v < Vectors; ++v) acc[b][v] = V::min(high, acc[b][v]);
+        }
       }
+      const auto store_rows = [&](auto rows_of_block) FASTSEP_INLINE_LAMBDA {
+        T* output = in_register(output_rows + x);
+        FASTSEP_UNROLL
+        for (int b = 0; b < block; ++b, output = in_register(output + output_stride)) {
+          if (b >= rows_of_block) break;
+          FASTSEP_UNROLL
+          for (int v = 0; v < Vectors; ++v) V::store(output + v * V::width, V::max(low, acc[b][v]));
+        }
+      };
+      if (count == block)
+        store_rows(Constant<block>());
+      else
+        store_rows(count);
     }
   }
 }
@@ -111,7 +135,7 @@ FASTSEP_NOINLINE void planar_depthwise_inside(const PlanarChannel<T>& channel, c
                                               int64_t width, int64_t stride_w, int64_t dilation_w) {
   for (int64_t y = 0; y < channel.out_rows; ++y) {
     for (int64_t x = 0; x < channel.columns; ++x) {
-      T sum = channel.bias;
+      T sum = *channel.start;
       for (int64_t r = 0; r < channel.taps_h; ++r) {
         const T* row = channel.rows[y * channel.stride_h + r * channel.dilation_h];
         for (int64_t s = 0; s < channel.taps_w; ++s) {
@@ -127,11 +151,13 @@ FASTSEP_NOINLINE void planar_depthwise_inside(const PlanarChannel<T>& channel, c
   }
 }
 
-// Two vectors where a row has them, but for 3 x 3, whose resident weights leave no registers for it on AVX2, not
-// everywhere.
+// Two vectors where a row has them, or more than one and the next row comes behind it; but for 3 x 3, whose resident
+// weights leave no registers for it on AVX2, not everywhere.
 template <class V, int Taps, int StrideH>
 void planar_rows_for(const PlanarChannel<typename V::T>& channel) {
-  if ((Taps != 3 || V::large_depthwise_tiles) && channel.columns > V::width)
+  const bool has_two = channel.columns >= 2 * V::width;
+  const bool may_overrun = channel.columns > V::width && channel.output_stride == channel.columns;
+  if ((Taps != 3 || V::large_depthwise_tiles) && (has_two || may_overrun))
     return planar_rows<V, Taps, StrideH, 2>(channel);
   planar_rows<V, Taps, StrideH, 1>(channel);
 }

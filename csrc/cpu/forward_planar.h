@@ -43,7 +43,7 @@ struct ForwardPlanar {
     int64_t phases;        // remainders modulo stride_w that taps have
     int64_t reached;       // columns of one remainder that taps reach
     int64_t phase_length;  // and room for a vector behind them
-    int64_t runs, input, row_pointers, sources, tap_offsets, columns, transposed, total;
+    int64_t runs, input, start, row_pointers, sources, tap_offsets, columns, transposed, total;
   };
 
   static Layout layout_of(const ForwardPlan& plan, int64_t rows, int64_t columns) {
@@ -54,7 +54,7 @@ struct ForwardPlanar {
     // few cache sets.
     layout.stride = round_up(rows * columns, V::width) + V::width;
     if (layout.stride * size % 1024 == 0) layout.stride += 64 / size;
-    const int64_t last_row = round_up(rows, planar_block) - 1;
+    const int64_t last_row = round_up(rows, planar_block<V>) - 1;
     layout.row_dilation = smaller(p.dilation_h, last_row * p.stride_h + 1);
     const int64_t reach = (p.kernel_h - 1) * layout.row_dilation + 1;
     layout.row_stride = smaller(p.stride_h, reach);
@@ -64,7 +64,7 @@ struct ForwardPlanar {
     // (A row shorter than a vector is stored over the next one's beginning, so the rows must come in order.)
     if (p.stride_h == 1 && p.dilation_h > 1 && p.dilation_h < rows && columns >= V::width) {
       layout.row_phases = p.dilation_h;
-      layout.per_row_phase = round_up((rows + p.dilation_h - 1) / p.dilation_h, planar_block) + p.kernel_h - 1;
+      layout.per_row_phase = round_up((rows + p.dilation_h - 1) / p.dilation_h, planar_block<V>) + p.kernel_h - 1;
       layout.copies = layout.row_phases * layout.per_row_phase;
     }
     layout.phases = smaller(p.stride_w, (p.kernel_w - 1) * p.dilation_w + 1);
@@ -74,7 +74,8 @@ struct ForwardPlanar {
     // The depthwise half alone keeps one channel at a time.
     layout.input = layout.runs + (p.out_channels > 0 ? p.multiplier * p.channels : 1) * layout.stride;
     // One row more than the copies: the zeros.
-    layout.row_pointers = layout.input + (layout.copies + 1) * layout.phases * layout.phase_length;
+    layout.start = layout.input + (layout.copies + 1) * layout.phases * layout.phase_length;
+    layout.row_pointers = layout.start + V::width;
     layout.sources = layout.row_pointers + round_up(layout.copies * pointer, 64);
     layout.tap_offsets = layout.sources + round_up(layout.copies * pointer, 64);
     layout.columns = layout.tap_offsets + round_up(p.kernel_w * pointer, 64);
@@ -155,6 +156,8 @@ struct ForwardPlanar {
     channel.tap_offset = tap_offsets;
     channel.clamp = clamp_of<T>(p.mid_activation);
     channel.columns = columns;
+    T* const start = scratch + layout.start;
+    channel.start = start;
     const T* image = static_cast<const T*>(plan.input) + tile.image * p.channels * p.height * p.width;
     for (int64_t c = 0; c < p.channels; ++c) {
       const T* plane = image + c * p.height * p.width;
@@ -164,7 +167,7 @@ struct ForwardPlanar {
       for (int64_t filter = 0; filter < p.multiplier; ++filter) {
         const int64_t i = filter * p.channels + c;
         channel.weight = packed<T>(plan, plan.layout.depthwise_planar) + i * taps;
-        channel.bias = packed<T>(plan, plan.layout.depthwise_bias)[filter * plan.layout.padded_channels + c];
+        V::store(start, V::set1(packed<T>(plan, plan.layout.depthwise_bias)[filter * plan.layout.padded_channels + c]));
         T* const run = scratch + layout.runs + (p.out_channels > 0 ? i * layout.stride : 0);
         const bool finite = all_finite<V>(channel.weight, taps);
         for (int64_t phase = 0; phase < layout.row_phases; ++phase) {

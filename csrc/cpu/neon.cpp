@@ -4,20 +4,18 @@
 //   NCHW product             8 x 3 sums + 2 broadcast + 3 pixels           = 29;  24 FMAs for 5 loads
 //   channels-last depthwise  8 sums + 7 weights (7 taps) + 1 input         = 16
 //   channels-last 3 x 3      16 sums (two rows) + 9 weights + 1 input      = 26
-//   NCHW 3 x 3               8 sums + 9 weights + 2 inputs                 = 19
+//   NCHW 3 x 3               14 sums (seven rows) + 9 weights + 2 inputs   = 25
 //
 // Tiles of the channels-last product on the models of LLVM 22, in FMAs per cycle (benchmarks/arm_analysis.py --tiles):
 //
 //                8 x 2   6 x 3   7 x 3   5 x 4   4 x 4
-//   Cortex-A53    0.51    0.51    0.54    0.54    0.50
+//   Cortex-A53    0.56    0.54    0.57    0.57    0.53
 //   Cortex-A72    1.00    1.00    1.00    1.00    1.00
-//   Neoverse N1   1.77    1.89    1.95    1.90    1.73
+//   Neoverse N1   1.94    1.94    2.00    1.95    1.83
 //   Neoverse V1   3.99    3.99    3.99    3.99    3.99
-//   Apple M1      2.99    2.99    3.00    2.99    2.99
+//   Apple M1      2.99    3.00    3.00    3.00    2.99
 //
-// The model of N1 dispatches three micro-ops a cycle, and a load of a pair is two, so it counts those: 92 for 64 FMAs.
-// A panel of 12 gains less than the 6 % of 7 x 3 on A53, for 16 vectors of channels leave it one of 7 x 1, and that is
-// no reason for a second kernel in every package: small cores have none of their own.
+// No core gains 5 % by another one, so small cores have no kernel of their own.
 #define FASTSEP_ISA neon
 #include "simd/neon.h"
 

@@ -48,20 +48,24 @@ FASTSEP_INLINE void multiply_step(const typename V::T* a, int64_t a_stride, cons
                                   typename V::Reg (&acc)[Rows][Columns]) {
   using Reg = typename V::Reg;
   Reg b_row[Columns];
+  // In the order of the source on ARM, whose small cores wait for a load where it stands.
   const auto load_row = [&](int k) FASTSEP_INLINE_LAMBDA {
     FASTSEP_UNROLL
-    for (int j = 0; j < Columns; ++j) b_row[j] = V::load(b + k * b_stride + j * V::width);
+    for (int j = 0; j < Columns; ++j) {
+      b_row[j] = V::load(b + k * b_stride + j * V::width);
+      if (V::has_fma_lane) b_row[j] = V::in_register(b_row[j]);
+    }
   };
   if constexpr (V::has_fma_lane && RowStride == 1) {
     FASTSEP_UNROLL
-    for (int k = 0; k < Depth; ++k) {
+    for (int k = 0; k < Depth; ++k, a = in_register(a + a_stride), b = in_register(b + b_stride)) {
       // The last vector moves back to end with the rows, where they are no fewer than a vector.
       constexpr int parts = (Rows + V::width - 1) / V::width, last = Rows < V::width ? 0 : Rows - V::width;
+      load_row(0);
       Reg a_column[parts];
       FASTSEP_UNROLL
-      for (int part = 0; part < parts - 1; ++part) a_column[part] = V::load(a + k * a_stride + part * V::width);
-      a_column[parts - 1] = V::load_n(a + k * a_stride + last, Constant<Rows - last>());
-      load_row(k);
+      for (int part = 0; part < parts - 1; ++part) a_column[part] = V::load(a + part * V::width);
+      a_column[parts - 1] = V::load_n(a + last, Constant<Rows - last>());
       for_each_constant<Rows>([&](auto row) FASTSEP_INLINE_LAMBDA {
         constexpr int i = decltype(row)::value, part = i / V::width;
         constexpr int lane = part < parts - 1 ? i % V::width : i - last;
