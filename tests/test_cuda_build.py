@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -35,7 +36,7 @@ from fastsep._check import (
     oracle_backward,
     relative_error,
 )
-from fastsep._cuda_model import ADDMM, ADDMM_RELU, CUDNN_RELU, DEPTHWISE, FUSED, TORCH, Gpu
+from fastsep._cuda_model import ADDMM, ADDMM_RELU, CUDNN_RELU, DEPTHWISE, FUSED, HOPPER, TORCH, Gpu
 
 allows_tf32 = _cuda_paths.allows_tf32
 built = importlib.util.find_spec("fastsep._cuda") is not None
@@ -176,11 +177,21 @@ def test_an_error_of_cuda_names_the_shape():
     message = (
         r"CUDA error in the forward pass on device 0, .*: for the float16 input \[2, 8, 9, 10\], 16 output"
     )
-    for _ in range(2):
+    for forward in (_cuda.forward, _cuda.forward, _cuda.forward_hopper):
         with pytest.raises(RuntimeError, match=message):
-            _cuda.forward(PROBLEM, False, *NOTHING, 0, 0, 0, 0)
+            forward(PROBLEM, False, *NOTHING, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="CUDA error in the backward pass"):
         _cuda.backward(PROBLEM, False, *NOTHING, *(0,) * 5, 0, 0, 0, 0)
+
+
+@needs_module
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_there_is_no_kernel_for_one():
+    from fastsep import _cuda
+
+    assert not _cuda.has_hopper_kernel(
+        replace(BY_NAME["plain_3x3"], dtype="float16", layout="nhwc").problem, 0
+    )
 
 
 @needs_module
@@ -304,6 +315,13 @@ class OnHost:
         self.calls.append("forward" if problem[4] else "depthwise forward")
         _native.core.forward(problem, "", x, dw, db, pw, b, output)
 
+    def has_hopper_kernel(self, problem, device):
+        return problem[1] % 8 == 0
+
+    def forward_hopper(self, *arguments):
+        self.forward(*arguments)
+        self.calls[-1] = "forward hopper"
+
     def backward_workspace_bytes(self, problem, tf32, *asked):
         assert any(asked)
         return 0
@@ -357,6 +375,42 @@ def test_every_path_forward(on_host, case, part, layout):
         assert got.is_contiguous(memory_format=case_format(case))
     expected = ["forward", "depthwise forward"] if case.k else ["depthwise forward"]
     assert on_host.calls[: len(expected)] == (expected if case.n not in (0, 33) else [])
+
+
+@pytest.mark.parametrize(("channels", "calls"), [(16, ["forward hopper"]), (12, [])])
+@pytest.mark.parametrize("how", ["forced", "named", "measured"])
+def test_the_hopper_kernel_runs_where_it_is_asked_for_or_was_measured(
+    on_host, monkeypatch, channels, calls, how
+):
+    """And where there is one. Nothing was measured of it yet, so the model does not take it by itself."""
+    case = replace(BY_NAME["padded_3x3"], c=channels, layout="nhwc")
+    tensors = case.tensors()
+
+    def check():
+        got = _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case))
+        torch.testing.assert_close(got, oracle(case, tensors).float(), rtol=1e-4, atol=1e-4)
+        return [name for name in on_host.calls if "hopper" in name]
+
+    assert check() == []
+    if how == "named":
+        monkeypatch.setattr(_plan, "NAMED", HOPPER)
+    if how == "measured":
+        key = _plan.factor_key(case.problem, "forward", HOPPER, False)
+        monkeypatch.setattr(_plan, "factors", lambda: {"test": {key: 0.01}})
+        _plan.forget()
+    with _plan.force(HOPPER) if how == "forced" else nullcontext():
+        assert check() == calls
+
+
+def test_the_device_is_asked_for_the_hopper_kernel_where_that_decides_something(on_host, monkeypatch):
+    asked = []
+    monkeypatch.setattr(on_host, "has_hopper_kernel", lambda problem, device: asked.append(device) or True)
+    assert HOPPER not in candidates(RELU)
+    assert asked == []
+    monkeypatch.setattr(_ops, "VERBOSE", True)
+    assert list(candidates(RELU))[-1] == HOPPER
+    assert HOPPER not in candidates(half(RELU))
+    assert len(asked) == 1
 
 
 @every_case
@@ -611,6 +665,15 @@ def test_the_line_says_path_reason_and_time(on_host, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case))
     assert "| not timed in a graph |" in capsys.readouterr().err
+    assert "hopper" not in line
+    case = replace(case, c=16, layout="nhwc")
+    _cuda_kernels.forward_kernel(*operands(case.tensors()), None, *geometry(case))
+    assert "; hopper left out, it was not measured on a test |" in capsys.readouterr().err
+    monkeypatch.setattr(_plan, "NAMED", HOPPER)
+    _cuda_kernels.forward_kernel(*operands(case.tensors()), None, *geometry(case))
+    line = capsys.readouterr().err
+    assert line.startswith("fastsep: cuda hopper | named by FASTSEP_CUDA_KERNEL |")
+    assert parse_case(line) == replace(case, name="")
 
 
 def test_tf32_is_as_torch_says(monkeypatch):
