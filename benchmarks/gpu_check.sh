@@ -102,12 +102,14 @@ export -f build sanitizer
 export python PATH=$PATH:/usr/local/cuda/bin
 
 # The tests in shares, each of which goes on behind what has passed: those of values, those that compile, the rest.
+# tests NAME SECONDS MARKS NAMES FILE...
 values="bound or tiling or products or exact or bits or travel or views or no_images or without_kernels or gradients_of"
 compiles="compile or opcheck"
 tests() {
-  local name=$1 limit=$2 marked=$3 chosen=$4 file=${5:-tests/test_cuda.py} how=(benchmarks/gpu_tests.py "$folder/$1.passed" --maxfail=20)
+  local name=$1 limit=$2 marked=$3 chosen=$4 how=(benchmarks/gpu_tests.py "$folder/$1.passed" --maxfail=20)
+  shift 4
   ((${#dry[@]})) && how=(-m pytest -q -p no:cacheprovider --collect-only)
-  stage "$name" "$limit" "$python" "${how[@]}" -m "$marked" -k "$chosen" "$file"
+  stage "$name" "$limit" "$python" "${how[@]}" -m "$marked" -k "$chosen" "$@"
 }
 
 needs
@@ -116,10 +118,11 @@ if ((${#dry[@]})); then
 else
   stage build 170 bash -c build
 fi
-tests values 110 "cuda and not slow" "$values"
-tests behaviour 60 "cuda and not slow" "not ($values) and not ($compiles)"
-tests compiled 60 "cuda and not slow" "$compiles"
-tests large 60 "cuda and slow" ""
+files=(tests/test_cuda.py tests/test_cuda_torch.py tests/test_cuda_errors.py)
+tests values 110 "cuda and not slow" "$values" "${files[@]}"
+tests behaviour 60 "cuda and not slow" "not ($values) and not ($compiles)" "${files[@]}"
+tests compiled 60 "cuda and not slow" "$compiles" "${files[@]}"
+tests large 60 "cuda and slow" "" "${files[@]}"
 # sanitizers PREFIX SECONDS [--hopper]: each in a stage of its own.
 sanitizers() {
   local tool name prefix=$1 limit=$2

@@ -79,7 +79,7 @@ def test_neither_rich_nor_pybind11_is_needed_to_measure():
     program = (
         "import sys; sys.path[:0] = ['benchmarks', 'tests']; "
         "sys.modules.update(dict.fromkeys(['rich', 'pybind11', 'expecttest'])); "
-        "import conftest, gpu_matrix, test_cuda"
+        "import conftest, gpu_matrix, test_cuda, test_cuda_torch, test_cuda_errors, test_cuda_hopper"
     )
     result = run(f'python -c "{program}"')
     assert result.returncode == 0, result.stderr
