@@ -32,17 +32,21 @@ bool takes(const Problem& p, const void* input, const Weights& weights, const vo
 // sm_90a is what the driver found for it. What was compiled for another architecture has no registers for the sums.
 template <class T>
 bool runs_on(int device) {
+  // What fails here is nothing that a later call should hear of.
+  const auto good = [](cudaError_t error) {
+    if (error != cudaSuccess) static_cast<void>(cudaGetLastError());
+    return error == cudaSuccess;
+  };
   int major = 0, minor = 0;
-  const bool known = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) == cudaSuccess;
-  if (known && (major != 9 || minor != 0)) return false;
-  static const int registers = [] {
+  if (!good(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) ||
+      !good(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) || major != 9 || minor != 0)
+    return false;
+  static const int registers = [&] {
     cudaFuncAttributes attributes = {};
     const void* kernel = reinterpret_cast<const void*>(separable_forward_hopper<T>);
-    return cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess ? attributes.numRegs : 0;
+    return good(cudaFuncGetAttributes(&attributes, kernel)) ? attributes.numRegs : 0;
   }();
-  static_cast<void>(cudaGetLastError());  // nothing that a later call should hear of
-  return known && registers >= 128;
+  return registers >= 128;
 }
 
 // How many images `rows` rows of the batch may touch.

@@ -7,6 +7,7 @@
 #include <cstdio>
 
 #include "cuda/forward_hopper_launch.cuh"
+#include "cuda/launchers.h"
 #include "harness.h"
 
 namespace fastsep_tests {
@@ -176,6 +177,17 @@ const Layer layers[] = {{"14 x 14, tiles across images", 2, 72, 14, 14, 264, 1, 
                         {"wide rows", 1, 40, 3, 150, 32, 1, 2},
                         {"more padding than kernel", 2, 16, 4, 5, 16, 3, 1}};
 
+// Copies and stores are of 16 bytes: an address between them leaves a call to the portable kernel.
+void test_addresses(const Problem& p, const Variant& variant, const Case& c) {
+  alignas(16) static const char memory[32] = {};
+  for (size_t odd = 0; odd <= 6; ++odd) {
+    const auto address = [&](size_t index) { return static_cast<const void*>(memory + (index == odd ? 2 : 0)); };
+    const Weights weights = {address(0), address(1), address(2), address(3)};
+    expect(hopper_takes_addresses(p, address(4), weights, address(5)) == (odd == 6), variant, c, p,
+           "takes addresses that it cannot have, or not those that it can");
+  }
+}
+
 }  // namespace
 
 void test_hopper_instructions() {
@@ -198,6 +210,7 @@ void test_hopper(const Variant& variant) {
     p.activation = reals ? Activation::leaky_relu : Activation::relu;
     multiprocessors = layer.processors;
     test_forward(variant, c, p, !reals, true, ForwardKernel::hopper);
+    test_addresses(p, variant, c);
     reals = !reals;
   }
 }
