@@ -122,11 +122,12 @@ void run_case(const Variant& variant, const Case& c, size_t index) {
 
 // Every kernel of a type, for each number of threads that it may be launched with.
 void test_coverage(const Variant& variant) {
-  constexpr size_t forward = 5 + 2 + 2;        // tilings with the taps as a window, in shared and in global memory
-  constexpr size_t depthwise = 7 * 2 + 7 + 2;  // channels-last with 256 and 64 threads, NCHW, general both ways
-  constexpr size_t weights = 5 + 5 + 1 + 1;    // channels-last, NCHW, general, the parts added up
+  const bool halves = variant.dtype != Dtype::f32;
+  const size_t forward = 5 + 2 + (halves ? 1 : 2);  // tilings with the taps as a window, in shared and global memory
+  constexpr size_t depthwise = 7 * 2 + 7 + 2;       // channels-last with 256 and 64 threads, NCHW, general both ways
+  constexpr size_t weights = 5 + 5 + 1 + 1;         // channels-last, NCHW, general, the parts added up
   constexpr size_t products = 4 * 2;
-  const size_t hopper = variant.dtype == Dtype::f32 ? 0 : 1;
+  const size_t hopper = halves ? 1 : 0;
   const size_t all = forward + depthwise + weights + products + hopper;
   expect(cuda_host::kernels.size() == all, std::string(variant.name) + ": cases ran " +
                                                std::to_string(cuda_host::kernels.size()) + " of the " +
