@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All that is to be known on a machine with a GPU, in under nine minutes: builds fastsep in place for the Python that
 # is there, without a network; runs `pytest -m cuda`, compute-sanitizer's four tools on small problems, and the
-# benchmark matrix. Each stage has a time limit. Run again, it goes on with what is missing.
+# benchmark matrix; on compute capability 9.0 the kernel for it by itself, too. Each stage has a time limit. Run again,
+# it goes on with what is missing.
 #
 #   benchmarks/gpu_check.sh [--dry-run] FOLDER
 #
@@ -143,8 +144,8 @@ sanitizers() {
 sanitizers "" 60
 
 # The kernel for compute capability 9.0 waits on barriers: an error of it may hang, and then ends with an error after 20
-# seconds. So it is tested in a process of its own, and measured only where it passed; the planner takes it only where it
-# was measured.
+# seconds. So it is tested in a process of its own, and measured only where it passed; the planner takes it only where
+# it was measured.
 if ((${#dry[@]})) || "$python" -c 'import sys, torch; sys.exit(torch.cuda.get_device_capability() != (9, 0))'; then
   tests hopper 60 cuda "" tests/test_cuda_hopper.py
   if grep -qs '^passed' "$folder/hopper.stage"; then
