@@ -1,12 +1,13 @@
 """The measurements of benchmarks/gpu_check.sh, which see. Where something was measured before, it goes on.
 
-    python benchmarks/gpu_matrix.py exercise          small problems through every kernel, for sanitizers
+    python benchmarks/gpu_matrix.py exercise          gpu_exercise.py, which see
     python benchmarks/gpu_matrix.py measure FOLDER    a line of FOLDER/rows.jsonl for each cell of the matrix
     python benchmarks/gpu_matrix.py report FOLDER     FOLDER/result.json, factors.json, and a table
 
 A cell is a layer, a batch, a dtype and a phase; in it all contenders take turns, in both layouts: fastsep as
 it comes, its paths by themselves, torch's two convolutions, plain loops over the taps, torch.compile. At
-batch 1 also from a CUDA graph. --dry-run measures tiny layers on the CPU, to show that all of it runs.
+batch 1 also from a CUDA graph. --hopper: the kernel for compute capability 9.0 and the portable one alone,
+on a GPU that runs both. --dry-run measures tiny layers on the CPU, to show that all of it runs.
 """
 
 import argparse
@@ -24,13 +25,14 @@ from pathlib import Path
 import gpu_report
 import torch
 import torch.nn.functional as F
+from gpu_exercise import exercise, set_tf32
 from torch import Tensor
 
-from fastsep import _cuda_kernels, _cuda_model, _native, _plan
+from fastsep import _cuda_model, _native, _plan
 from fastsep._activations import ACTIVATIONS
-from fastsep._case import DTYPES, LAYOUTS, Case, format_case, parse_case
-from fastsep._check import SELF_TEST, operands
-from fastsep._cuda_model import ADDMM, BACKWARD, DEPTHWISE, FORWARD, FUSED, TORCH
+from fastsep._case import LAYOUTS, Case, format_case
+from fastsep._check import operands
+from fastsep._cuda_model import ADDMM, BACKWARD, DEPTHWISE, FORWARD, FUSED, HOPPER, TORCH
 from fastsep.bench import contenders, engine, machine
 from fastsep.bench.contenders import Subject, Task
 from fastsep.bench.engine import Contender, Local, OnGpu, Race, Sample
@@ -49,7 +51,7 @@ class Cell:
     case: Case  # of float32 where dtype is tf32
     dtype: str
     phase: str
-    kind: str = ""  # "" or "compile" and a layout: a program that takes seconds to make
+    kind: str = ""  # "", "hopper", or "compile" and a layout: a program that takes seconds to make
 
     @property
     def key(self) -> str:
@@ -90,6 +92,17 @@ def _all_cells(dry_run: bool) -> Iterator[Cell]:
             ("nhwc", "nchw"), batches, dtypes, ("forward", "training"), layers
         ):
             yield Cell(sized(case, batch, dtype), dtype, phase, f"compile {layout}")
+
+
+def hopper_cells() -> list[Cell]:
+    """What the kernel for compute capability 9.0 takes on this machine's GPU: nothing on another."""
+    layers = [*distinct(load("mobilenet_v1").layers), *load("gpu").layers]
+    found = []
+    for batch, dtype, layer in itertools.product(BATCHES, ("bfloat16", "float16"), layers):
+        case = replace(layer, n=batch, dtype=dtype, layout="nhwc")
+        if torch.cuda.is_available() and _native.cuda.has_hopper_kernel(case.problem, 0):
+            found.append(Cell(case, dtype, FORWARD, HOPPER))
+    return found
 
 
 class FromGraph(Contender):
@@ -171,6 +184,13 @@ def own_paths(case: Case, phase: str) -> list[str]:
     return [FUSED, DEPTHWISE] + [ADDMM] * (case.layout == "nhwc" and phase == "forward")
 
 
+def forced(task: Task, found: dict[str, Subject], path: str) -> Contender:
+    """One path of fastsep's, checked against torch."""
+    with _plan.force(path):
+        contenders.verify(task, {name: found[name] for name in ("fastsep", "torch nchw")})
+    return ByPath(found["fastsep"].contender, path)
+
+
 def subjects_of(cell: Cell, device: str, stack: ExitStack) -> tuple[dict[str, Contender], list[str]]:
     """Who takes part in a cell, checked against each other; and why some do not."""
     made: dict[str, Contender] = {}
@@ -179,12 +199,17 @@ def subjects_of(cell: Cell, device: str, stack: ExitStack) -> tuple[dict[str, Co
         task = Task(
             (case := replace(cell.case, layout=layout)), cell.phase, device, 1, case.tensors(device=device)
         )
-        if cell.kind:
+        if cell.kind.startswith("compile"):
             if cell.kind == f"compile {layout}":
                 made[cell.kind] = contenders.build(task, ["compile"], stack)["compile"].contender
             continue
+        if cell.kind == HOPPER and layout != "nhwc":
+            continue
         found = contenders.build(task, [], stack)
         found.pop("unfrozen", None)
+        if cell.kind == HOPPER:
+            made |= {f"{path} {layout}": forced(task, found, path) for path in (FUSED, HOPPER)}
+            continue
         if cell.phase in ("forward", "training"):
             run = naive_run(task)
             found["naive"] = Subject((OnGpu if device == "cuda" else Local)(run), run)
@@ -195,9 +220,7 @@ def subjects_of(cell: Cell, device: str, stack: ExitStack) -> tuple[dict[str, Co
         if f"torch {layout}" in found:
             made[f"torch {layout}"] = found[f"torch {layout}"].contender
         for path in own_paths(case, cell.phase):
-            with _plan.force(path):
-                contenders.verify(task, {name: found[name] for name in ("fastsep", "torch nchw")})
-            made[f"{path} {layout}"] = ByPath(found["fastsep"].contender, path)
+            made[f"{path} {layout}"] = forced(task, found, path)
         # Not the backward pass alone: its forward pass ran on another stream than that of the capture.
         if cell.case.n == 1 and device == "cuda" and cell.phase in ("forward", "training"):
             for name in ("fastsep", f"torch {layout}"):
@@ -227,6 +250,9 @@ def planned(cell: Cell, layout: str) -> list[str]:
 
     def chosen(phase: str) -> str:
         paths = dict.fromkeys([*own_paths(case, phase), TORCH], lambda: None)
+        allowed = not _plan.why_not(case.problem, phase, HOPPER, tf32, asked, gpu)
+        if allowed and _native.cuda.has_hopper_kernel(case.problem, 0):
+            paths[HOPPER] = lambda: None
         return _plan.by_model(case.problem, phase, tf32, gpu, paths, asked).path
 
     return [chosen(phase) for phase in phases]
@@ -253,11 +279,6 @@ def measure_cell(cell: Cell, device: str, seconds: float, bandwidth: float, peak
     return row
 
 
-def set_tf32(allowed: bool) -> None:
-    torch.backends.cudnn.allow_tf32 = allowed
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-
-
 def rows_of(folder: Path) -> list[dict]:
     path = folder / "rows.jsonl"
     if not path.exists():
@@ -276,7 +297,10 @@ def measure(arguments: argparse.Namespace) -> int:
     begin, folder = time.monotonic(), arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     done = {row["key"] for row in rows_of(folder) if "seconds" in row}
-    wanted = [cell for cell in cells(arguments.dry_run) if bool(cell.kind) == arguments.compiled]
+    if arguments.hopper:
+        wanted = hopper_cells()
+    else:
+        wanted = [cell for cell in cells(arguments.dry_run) if bool(cell.kind) == arguments.compiled]
     open_cells = [cell for cell in wanted if cell.key not in done]
     if not open_cells:
         return 0
@@ -335,6 +359,7 @@ def report(arguments: argparse.Namespace) -> int:
         "held_against_torch": held,
         "slower_than_torch": offenders,
         "summary": gpu_report.summary(good),
+        "hopper": gpu_report.hopper_gains(good),
         "rows": rows,
     }
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -342,57 +367,6 @@ def report(arguments: argparse.Namespace) -> int:
         found = {"gpus": {torch.cuda.get_device_name(0): gpu_report.factors(good)}}
         (folder / "factors.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     print(gpu_report.text(result), end="")
-    return 0
-
-
-# ---- for sanitizers
-
-
-# What the table of a self-test leaves out: every depthwise kernel that is laid out for its size and stride.
-EXERCISES = [
-    "name=wide n=2 c=136 h=9 w=10 k=136 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1 db=1 b=1 mid=relu6 act=relu",
-    "name=stride_2 n=2 c=40 h=17 w=18 k=24 kh=3 kw=3 sh=2 sw=2 pt=1 pb=1 pl=1 pr=1 db=1 b=1 act=relu",
-    "name=kernel_5 c=40 h=13 w=18 k=24 kh=5 kw=5 pt=2 pb=2 pl=2 pr=2 db=1 b=1 mid=silu act=silu",
-    "name=kernel_5_stride_2 c=40 h=17 w=18 k=0 kh=5 kw=5 sh=2 sw=2 pt=2 pb=2 pl=2 pr=2 db=1 mid=relu",
-    "name=kernel_7 c=40 h=15 w=18 k=24 kh=7 kw=7 pt=3 pb=3 pl=3 pr=3 b=1 act=gelu",
-    "name=dilation_2 c=40 h=13 w=18 k=0 kh=3 kw=3 dh=2 dw=2 pt=2 pb=2 pl=2 pr=2 db=1",
-    "name=sides_that_differ c=40 h=17 w=18 k=0 kh=3 kw=3 sh=2 sw=2 pb=1 pr=1 mid=relu",
-]
-TILINGS = Path(__file__).resolve().parent.parent / "tests" / "cuda_tilings.txt"
-
-
-def exercises() -> Iterator[tuple[int, Case]]:
-    """Problems, and for how many multiprocessors their tilings are chosen: 0 for the GPU's."""
-    for line in [*SELF_TEST, *EXERCISES]:
-        yield 0, parse_case(line)
-    for line in TILINGS.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            yield int(line.split()[0]), parse_case(line)
-
-
-def exercise(arguments: argparse.Namespace) -> int:
-    """Forward and all gradients of small problems, by the native kernels and nothing of torch's."""
-    if arguments.dry_run:
-        print(f"exercise: {len(list(exercises()))} problems, and no GPU to run them")
-        return 0
-    dtypes = ("float32", "tf32", "float16", "bfloat16")
-    for (multiprocessors, line), dtype, layout in itertools.product(exercises(), dtypes, LAYOUTS):
-        case = replace(line, dtype="float32" if dtype == "tf32" else dtype, layout=layout)
-        set_tf32(dtype == "tf32")
-        tensors = operands({name: None if t is None else t.cuda() for name, t in case.tensors().items()})
-        geometry = (
-            *((case.sh, case.sw), (case.pt, case.pb, case.pl, case.pr), (case.dh, case.dw)),
-            *(case.mid, case.act),
-        )
-        needed = [tensor is not None for tensor in tensors]
-        _native.cuda.pretend_multiprocessors(multiprocessors)
-        with _plan.force(FUSED if case.k else DEPTHWISE), torch.no_grad():
-            y = _cuda_kernels.forward_kernel(*tensors, None, *geometry)
-            _cuda_kernels.backward_kernel(case.gradient().cuda(), *tensors, None, *geometry, needed)
-            assert y.dtype is DTYPES[case.dtype]
-    _native.cuda.pretend_multiprocessors(0)
-    torch.cuda.synchronize()
-    print("exercised")
     return 0
 
 
@@ -407,6 +381,8 @@ def main() -> int:
         command.add_argument("--dry-run", action="store_true", help="on the CPU, tiny layers")
         if function is not exercise:
             command.add_argument("folder", type=Path)
+        if function is not report:
+            command.add_argument("--hopper", action="store_true", help="the kernel for 9.0 alone")
         if function is measure:
             command.add_argument(
                 "--seconds", type=float, default=200.0, help="to go on for (default: %(default)s)"

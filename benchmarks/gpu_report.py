@@ -109,6 +109,18 @@ def ratio_of(slow: float | None, fast: float | None) -> float | None:
     return slow / fast if slow and fast else None
 
 
+def hopper_gains(rows: list[dict]) -> list[dict]:
+    """By batch and dtype: how often the kernel for 9.0 would run in the time of the portable one."""
+    groups: dict[tuple, list[float]] = {}
+    for row in rows:
+        if ratio := ratio_of(best(row, _cuda_model.FUSED), best(row, _cuda_model.HOPPER)):
+            groups.setdefault((parse_case(row["case"]).n, row["dtype"]), []).append(ratio)
+    return [
+        {"batch": n, "dtype": dtype, "layers": len(found), "gain": geometric_mean(found), "least": min(found)}
+        for (n, dtype), found in groups.items()
+    ]
+
+
 # ---- the targets
 
 
@@ -224,9 +236,12 @@ def factors(rows: list[dict]) -> dict[str, float]:
     ratios: dict[str, list[float]] = {}
     for row in rows:
         case, tf32 = parse_case(row["case"]), row["dtype"] == "tf32"
+        beside = best(row, _cuda_model.HOPPER) is not None  # where the portable kernel is only compared with
         for layout, path in itertools.product(LAYOUTS, _cuda_model.PATHS):
             name = f"{path} {layout}"
             if name not in row["seconds"] or row["phase"] not in ("forward", "training"):
+                continue
+            if beside and path != _cuda_model.HOPPER:
                 continue
             problem, seconds = replace(case, layout=layout).problem, row["seconds"][name][1]
             phase = _cuda_model.FORWARD
@@ -281,5 +296,11 @@ def text(result: dict) -> str:
         "share_of_roof": "of roof",
     }  # fmt: skip
     parts.append(table(list(columns.values()), [[g[name] for name in columns] for g in result["summary"]]))
+    gains = [
+        "hopper kernel, batch {batch}, {dtype}, {layers} layers: {gain:.2f} times as fast as the portable "
+        "one, at least {least:.2f}".format(**group)
+        for group in result["hopper"]
+    ]
+    parts += ["\n".join(gains)] if gains else []
     failed = [f"failed: {row['key']}: {row['error']}" for row in result["rows"] if "error" in row]
     return "\n\n".join([*parts, *failed]) + "\n"

@@ -23,8 +23,13 @@ struct Queue {
   int multiprocessors = 0;
 };
 
+// Of the fused forward pass. The one for sm_90a is taken where it is asked for and the problem, the device and the
+// addresses allow it: in every other case the portable one.
+enum class ForwardKernel : int32_t { portable, hopper };
+
 struct Options {
   bool tf32;  // f32 products may be rounded to tf32, as torch.backends.cudnn.allow_tf32 says
+  ForwardKernel kernel = ForwardKernel::portable;
 };
 
 // What a call came to. cuda_error is a cudaError_t, 0 for success, and only looked at where status is ok.
@@ -40,6 +45,11 @@ Status validate(const Problem& problem);
 Status forward_workspace_bytes(const Problem& problem, Options options, size_t* bytes);
 Outcome forward(const Problem& problem, Options options, const void* input, const Weights& weights, void* output,
                 void* workspace, size_t workspace_size, Queue queue);
+
+// Whether ForwardKernel::hopper is there for a problem on a device, which must be current: channels-last f16 or bf16, a
+// 3 x 3 kernel of stride 1, multiples of 8 channels, an `activation` without exp or a division. Addresses have to
+// be aligned to 16 bytes too.
+bool has_hopper_kernel(const Problem& problem, int device);
 
 // As fastsep::backward(): `saved` is y where derivative_from_output(activation), else v, and not read for the identity;
 // gradients are written, not added to what is there, and those that are null are not computed.

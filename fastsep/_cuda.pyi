@@ -39,6 +39,26 @@ def forward(
     stream: int,
     /,
 ) -> None: ...
+def forward_hopper(
+    problem: tuple[int, ...],
+    tf32: bool,
+    input: int,
+    depthwise_weight: int,
+    depthwise_bias: int,
+    pointwise_weight: int,
+    bias: int,
+    output: int,
+    workspace: int,
+    workspace_size: int,
+    device: int,
+    stream: int,
+    /,
+) -> None:
+    """As forward(), by the kernel for compute capability 9.0 where the problem and the addresses allow it."""
+
+def has_hopper_kernel(problem: tuple[int, ...], device: int) -> bool:
+    """Whether that kernel is there for the problem, and the device can run it."""
+
 def backward_workspace_bytes(
     problem: tuple[int, ...],
     tf32: bool,

@@ -13,19 +13,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-# The paths: the fused kernel; the depthwise kernel with torch's convolution behind it, with its matrix
-# product, which adds the bias itself, and with the two of its operators that apply relu, too; torch's
-# operators alone.
-FUSED, DEPTHWISE, ADDMM, ADDMM_RELU, CUDNN_RELU, TORCH = PATHS = (
-    *("fused", "depthwise", "addmm", "addmm_relu", "cudnn_relu", "torch"),
+# The paths: the fused kernel; its like for compute capability 9.0; the depthwise kernel with torch's
+# convolution behind it, with its matrix product, which adds the bias itself, and with the two of its
+# operators that apply relu, too; torch's operators alone.
+FUSED, HOPPER, DEPTHWISE, ADDMM, ADDMM_RELU, CUDNN_RELU, TORCH = PATHS = (
+    *("fused", "hopper", "depthwise", "addmm", "addmm_relu", "cudnn_relu", "torch"),
 )
 FORWARD, BACKWARD = "forward", "backward"
 
 Problem = tuple[int, ...]  # the 20 integers of _core.pyi
 ITEM_BYTES = {0: 4, 2: 2, 3: 2}
 
-# Output channels of a tile of the fused kernel: for each, the depthwise half is computed again.
-_TILE_CHANNELS = 128
+# Output channels of a tile of the fused kernels: for each, the depthwise half is computed again.
+_TILE_CHANNELS = {FUSED: 128, HOPPER: 256}
+_HOPPER_TILE_PIXELS = 128  # of the one block that a multiprocessor has at a time
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ class Share(NamedTuple):
 # backward pass applies slopes to each chunk that it stages, so it is given less than the fused forward pass.
 _SHARES = {
     "fused": Share(0.75, 0.4),
+    "hopper": Share(0.75, 0.5),  # products and FMAs at the same time; it never ran on a GPU
     "depthwise": Share(0.8, 0.4),
     "product": Share(0.6, 0.3),
     "depthwise backward": Share(0.7, 0.3),
@@ -157,17 +159,17 @@ def half_of(problem: Problem) -> Problem:
 def steps(problem: Problem, phase: str, path: str, asked: Asked = ALL) -> list[Step]:
     """The launches of a path. Without a pointwise half the depthwise kernel is all there is to fuse."""
     if phase == FORWARD:
-        return _fused(problem) if path == FUSED else _unfused(problem, path, asked)
+        return _fused(problem, path) if path in _TILE_CHANNELS else _unfused(problem, path, asked)
     if path == FUSED:
         again = _fused(problem) if problem[19] != 0 and not asked.saved else []
         return again + own_backward(problem, asked.needed)
     return (_torch_backward if path == TORCH else _depthwise_backward)(problem, asked)
 
 
-def _fused(problem: Problem) -> list[Step]:
+def _fused(problem: Problem, path: str = FUSED) -> list[Step]:
     x, _, y, weights, depthwise, pointwise = sizes(problem)
-    again = math.ceil(problem[4] / _TILE_CHANNELS)
-    return [Step("fused", x + y + weights, depthwise * again, pointwise)]
+    again = math.ceil(problem[4] / _TILE_CHANNELS[path])
+    return [Step(path, x + y + weights, depthwise * again, pointwise)]
 
 
 def _unfused(problem: Problem, path: str, asked: Asked) -> list[Step]:
@@ -293,4 +295,11 @@ def modelled(problem: Problem, phase: str, path: str, gpu: Gpu, tf32: bool, aske
     products = gpu.fma
     if problem[16] != 0 or tf32:
         products = gpu.matrix / (2 if problem[16] == 0 else 1)
-    return sum(step.seconds(gpu, products) for step in steps(problem, phase, path, asked))
+    seconds = sum(step.seconds(gpu, products) for step in steps(problem, phase, path, asked))
+    if path != HOPPER or phase != FORWARD:
+        return seconds
+    # Large tiles: the last ones may leave most of the GPU idle.
+    pixels = problem[0] * math.prod(output_size(problem))
+    tiles = math.ceil(pixels / _HOPPER_TILE_PIXELS) * math.ceil(problem[4] / _TILE_CHANNELS[HOPPER])
+    rounds = math.ceil(tiles / gpu.multiprocessors)
+    return (seconds - LAUNCH) * rounds * gpu.multiprocessors / max(1, tiles) + LAUNCH

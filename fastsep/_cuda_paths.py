@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _backward, _native, _ops, _plan
 from ._activations import ACTIVATIONS, IN_PLACE
-from ._cuda_model import ADDMM, ADDMM_RELU, CUDNN_RELU, DEPTHWISE, FUSED, TORCH, Problem, half_of
+from ._cuda_model import ADDMM, ADDMM_RELU, CUDNN_RELU, DEPTHWISE, FUSED, HOPPER, TORCH, Problem, half_of
 from ._ops import address
 
 Weight = Tensor | None
@@ -170,13 +170,27 @@ class Forward:
 
     def native(self, tensors: Five) -> Tensor:
         cuda: Any = _native.cuda
+        return self._run(cuda.forward, tensors)
+
+    def hopper(self, tensors: Five) -> Tensor:
+        cuda: Any = _native.cuda
+        return self._run(cuda.forward_hopper, tensors)
+
+    def has_hopper(self, device: int) -> bool:
+        """Whether the kernel for compute capability 9.0 takes such calls. Where that decides nothing, no GPU
+        is asked: it would load the kernel's code."""
+        decides = _ops.VERBOSE or _plan.forced() == HOPPER or _plan.was_measured(HOPPER)
+        cuda: Any = _native.cuda
+        return decides and bool(cuda.has_hopper_kernel(self.problem, device))
+
+    def _run(self, kernel: Callable[..., None], tensors: Five) -> Tensor:
         format = self.format
         # Named, so that a dense copy lives until all is queued.
         input, device = tensors[0].contiguous(memory_format=format), tensors[0].device
         dw, pw, db, b = _ops.dense_weights(*tensors[1:])
         output = input.new_empty_strided(self.shape, self.strides)  # torch.empty() takes 1.5 us more
         workspace = workspace_of(self.workspace, device)
-        cuda.forward(
+        kernel(
             *(self.problem, self.tf32, input.data_ptr(), address(dw), address(db), address(pw), address(b)),
             *(output.data_ptr(), address(workspace), self.workspace, device.index, stream_of(device)),
         )
@@ -203,7 +217,10 @@ class Forward:
 
         products = self._products(tensors, activation)
         behind_own = {path: behind(product) for path, product in products.items()}
-        return {FUSED: self.native, **behind_own, TORCH: by_torch}
+        found: dict[str, ForwardPath] = {FUSED: self.native, **behind_own, TORCH: by_torch}
+        if self.has_hopper(tensors[0].device.index):
+            found[HOPPER] = self.hopper
+        return found
 
     def _products(self, tensors: Five, activation: str) -> dict[str, Product]:
         products: dict[str, Product] = {DEPTHWISE: convolution}

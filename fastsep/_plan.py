@@ -1,15 +1,17 @@
-"""On a GPU, which path computes a call: the fused kernel, the depthwise kernel with one of torch's products
-behind it, or torch's operators alone.
+"""On a GPU, which path computes a call: the fused kernel, its like for compute capability 9.0, the depthwise
+kernel with one of torch's products behind it, or torch's operators alone.
 
 The model of _cuda_model.py counts bytes, operations and launches of each path. What was measured corrects it:
 cuda_factors.json, for GPUs that are in it; and where torch.backends.cudnn.benchmark is set, the paths are
-timed once for each distinct problem, as cuDNN does it with its algorithms.
+timed once for each distinct problem, as cuDNN does it with its algorithms. FASTSEP_CUDA_KERNEL in the
+environment names a path, which then computes all calls that have it.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -19,9 +21,14 @@ from typing import Any, NamedTuple
 import torch
 
 from . import _cuda_model
-from ._cuda_model import ALL, Asked, Gpu, Problem
+from ._cuda_model import ALL, HOPPER, PATHS, Asked, Gpu, Problem
 
 DTYPE_NAMES = {0: "float32", 2: "float16", 3: "bfloat16"}
+
+# The path that the environment names, for tests and measurements.
+NAMED = os.environ.get("FASTSEP_CUDA_KERNEL", "")
+if NAMED not in ("", *PATHS):
+    raise ValueError(f"FASTSEP_CUDA_KERNEL must be {', '.join(PATHS[:-1])} or {PATHS[-1]}, got {NAMED}")
 
 
 @lru_cache
@@ -41,6 +48,25 @@ def predicted(problem: Problem, phase: str, path: str, gpu: Gpu, tf32: bool, ask
     """Seconds that a path takes: the model's, corrected by what was measured on such a GPU."""
     factor = factors().get(gpu.name, {}).get(factor_key(problem, phase, path, tf32), 1.0)
     return factor * _cuda_model.modelled(problem, phase, path, gpu, tf32, asked)
+
+
+def was_measured(path: str) -> bool:
+    """Whether any GPU has a factor for it."""
+    return any(key.split()[1] == path for found in factors().values() for key in found)
+
+
+def why_not(problem: Problem, phase: str, path: str, tf32: bool, asked: Asked, gpu: Gpu) -> str:
+    """Why a path that a call has is not taken, nor even timed, unless it is named; empty where it may be.
+
+    The kernel for compute capability 9.0 has not run on a GPU yet: each kind of GPU has to have been tried.
+    """
+    if path != HOPPER:
+        return ""
+    if not asked.aligned:
+        return f"{path} left out, it wants addresses that are multiples of 16"
+    if factor_key(problem, phase, path, tf32) not in factors().get(gpu.name, {}):
+        return f"{path} left out, it was not measured on a {gpu.name}"
+    return ""
 
 
 class Choice(NamedTuple):
@@ -80,13 +106,17 @@ def choose(
 ) -> Choice:
     """The path for a call."""
     if forced() in candidates:
-        return Choice(forced(), "forced", True)
+        return Choice(forced(), "forced" if _forced else "named by FASTSEP_CUDA_KERNEL", True)
     key = problem, phase, tf32, asked, device
     known = _choices.get(key)
     if known is not None and known.path not in candidates:  # for which torch has since been told otherwise
         known = None
     if known is not None and (known.measured or not torch.backends.cudnn.benchmark):
         return known
+    refused: list[str] = []
+    if HOPPER in candidates:
+        refused = [why_not(problem, phase, HOPPER, tf32, asked, (gpu_of or Gpu.of)(device))]
+        candidates = {path: run for path, run in candidates.items() if path != HOPPER or not refused[0]}
     if may_measure(device):
         with torch.cuda.device(device):  # events, and what they time, are of the current device's stream
             choice = _by_time((seconds_of or measure)(candidates))
@@ -94,6 +124,7 @@ def choose(
         return known
     else:
         choice = by_model(problem, phase, tf32, (gpu_of or Gpu.of)(device), candidates, asked)
+    choice = choice._replace(why="; ".join([choice.why, *filter(None, refused)]))
     if len(_choices) >= _MOST_CHOICES:
         _choices.clear()
     _choices[key] = choice
@@ -101,8 +132,8 @@ def choose(
 
 
 def forced() -> str:
-    """The path that force() asks for; empty where none."""
-    return _forced[-1] if _forced else ""
+    """The path that force() asks for, or the environment; empty where none."""
+    return _forced[-1] if _forced else NAMED
 
 
 def keep(key: tuple[Any, ...], choice: Choice, paths: Mapping[str, Any]) -> None:

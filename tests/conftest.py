@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_stand_in import OnHost
 from optimizing import Block, made
 
 import fastsep
-from fastsep import _backward, _native, _ops
+from fastsep import _backward, _cuda_model, _cuda_paths, _native, _ops, _plan
 
 ISAS = _native.core.isas() if _native.core is not None else []
 
@@ -72,3 +73,32 @@ def pair():
     """A model and its optimized copy."""
     model = made(Block())
     return model, fastsep.optimize(model)
+
+
+@pytest.fixture
+def on_host(monkeypatch):
+    """Has the operators' kernels for CUDA run on the CPU."""
+    module = OnHost()
+    monkeypatch.setattr(_native, "cuda", module)
+    monkeypatch.setattr(_native, "why_not_on", lambda device: "")
+    monkeypatch.setattr(_cuda_paths, "stream_of", lambda device: 17)
+    monkeypatch.setattr(_cuda_model.Gpu, "of", lambda device: _cuda_model.Gpu("test", 100, 4e12, 6e13, 8e14))
+    monkeypatch.setattr(_plan, "_choices", {})
+    monkeypatch.setattr(_plan, "calls", {})
+    monkeypatch.setattr(_cuda_paths, "products_allow_tf32", _cuda_paths.allows_tf32)
+    return module
+
+
+@pytest.fixture
+def exact_gpu():
+    """On a GPU, float32 as it is, and the model alone to choose a path."""
+    assert _native.cuda is not None, _native.cuda_missing
+    assert not _native.why_not_on(torch.cuda.current_device())
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32, cudnn.benchmark
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    cudnn.allow_tf32, cudnn.benchmark, torch.backends.cuda.matmul.allow_tf32 = False, False, False
+    yield
+    cudnn.allow_tf32, cudnn.benchmark = before
+    torch.backends.cuda.matmul.allow_tf32 = matmul
+    _plan.forget()

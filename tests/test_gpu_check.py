@@ -5,6 +5,7 @@ import json
 import sys
 from contextlib import ExitStack
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fastsep._cuda_paths import compose_in_place
 from fastsep.bench.layers import distinct, load
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import gpu_exercise
 import gpu_matrix
 import gpu_report
 
@@ -30,8 +32,9 @@ def test_a_dry_run_and_another(tmp_path):
     found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert found["dry_run"]
     assert found["stages"].keys() == {
-        *("build", "values", "behaviour", "compiled", "large"),
-        *("memcheck", "racecheck", "synccheck", "initcheck", "matrix", "compare"),
+        *("build", "values", "behaviour", "compiled", "large", "matrix", "compare"),
+        *(tools := ("memcheck", "racecheck", "synccheck", "initcheck")),
+        *("hopper", "hopper_matrix", *(f"hopper_{tool}" for tool in tools)),
     }
     assert all(text.startswith("passed") for text in found["stages"].values())
     rows = found["rows"]
@@ -76,7 +79,7 @@ def test_neither_rich_nor_pybind11_is_needed_to_measure():
     program = (
         "import sys; sys.path[:0] = ['benchmarks', 'tests']; "
         "sys.modules.update(dict.fromkeys(['rich', 'pybind11', 'expecttest'])); "
-        "import conftest, gpu_matrix, test_cuda"
+        "import conftest, gpu_matrix, test_cuda, test_cuda_torch, test_cuda_errors, test_cuda_hopper"
     )
     result = run(f'python -c "{program}"')
     assert result.returncode == 0, result.stderr
@@ -217,6 +220,7 @@ def test_what_is_three_percent_slower_than_torch_is_named():
     result = {
         "dry_run": False, "device": "a GPU", "versions": {"torch": "3"}, "commit": "abc",
         "stages": {"build": "passed, 1 s"},
+        "hopper": [{"batch": 128, "dtype": "float16", "layers": 2, "gain": 1.25, "least": 1.125}],
         "targets": [target.as_json() for target in gpu_report.targets(rows)], "held_against_torch": held,
         "slower_than_torch": found, "summary": gpu_report.summary(rows),
         "rows": [*rows, {"key": "a", "error": "b"}],
@@ -224,7 +228,41 @@ def test_what_is_three_percent_slower_than_torch_is_named():
     text = gpu_report.text(result)
     assert "not 3 % slower than torch: NOT MET, 2 of 3 shapes are slower\n  2.00 times torch: block3" in text
     assert text.startswith("a GPU, torch 3, abc\n\nbuild: passed, 1 s\n\ntarget ")
-    assert text.endswith("failed: a: b\n")
+    gains = (
+        "hopper kernel, batch 128, float16, 2 layers: 1.25 times as fast as the portable one, at least 1.12"
+    )
+    assert text.endswith(f"{gains}\n\nfailed: a: b\n")
+
+
+def test_the_hopper_kernel_is_compared_with_the_portable_one():
+    rows = [
+        row(BLOCK1, "forward", {"fused nhwc": 1e-3, "torch nhwc": 2e-3}),
+        row(BLOCK1, "forward", {"fused nhwc": 2e-3, "hopper nhwc": 1e-3}, kind="hopper"),
+        row(sized(LAYERS[1]), "forward", {"fused nhwc": 8e-3, "hopper nhwc": 1e-3}, kind="hopper"),
+    ]
+    (group,) = gpu_report.hopper_gains(rows)
+    assert (group["batch"], group["dtype"], group["layers"]) == (128, "bfloat16", 2)
+    assert (group["gain"], group["least"]) == (pytest.approx(4), pytest.approx(2))
+
+
+def test_the_hopper_kernel_is_measured_where_the_gpu_has_it(monkeypatch):
+    assert torch.cuda.is_available() or gpu_matrix.hopper_cells() == []
+    module = SimpleNamespace(has_hopper_kernel=lambda problem, device: problem[8] == 1)
+    monkeypatch.setattr(gpu_matrix._native, "cuda", module)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cells = gpu_matrix.hopper_cells()
+    assert len({cell.key for cell in cells}) == len(cells)
+    assert {(cell.case.sh, cell.case.layout, cell.kind) for cell in cells} == {(1, "nhwc", "hopper")}
+    assert {(cell.case.n, cell.dtype) for cell in cells} == {
+        (batch, dtype) for batch in (128, 1, 32) for dtype in ("bfloat16", "float16")
+    }
+
+
+def test_the_hopper_kernels_exercises_are_such_as_it_takes():
+    for line in gpu_exercise.HOPPER_EXERCISES:
+        case = parse_case(line)
+        assert (case.kh, case.sh, case.c % 8, case.k % 8) == (3, 1, 0, 0)
+        assert case.act in ("identity", "relu", "relu6", "leaky_relu")
 
 
 def test_factors_are_those_that_the_planner_reads(monkeypatch):
@@ -233,12 +271,14 @@ def test_factors_are_those_that_the_planner_reads(monkeypatch):
     rows = [
         row(BLOCK1, "forward", {"fused nhwc": 1e-3, "addmm nhwc": 3e-3, "torch nhwc": 2e-3}),
         row(BLOCK1, "training", {"fused nhwc": 4e-3}),
+        row(BLOCK1, "forward", {"fused nhwc": 9e-3, "hopper nhwc": 5e-4}, kind="hopper"),
     ]
     found = gpu_report.factors(rows)
     assert list(found) == [
         "backward fused bfloat16 nhwc",
         "forward addmm bfloat16 nhwc",
         "forward fused bfloat16 nhwc",
+        "forward hopper bfloat16 nhwc",
         "forward torch bfloat16 nhwc",
     ]
     problem = replace(BLOCK1, layout="nhwc").problem
@@ -246,6 +286,7 @@ def test_factors_are_those_that_the_planner_reads(monkeypatch):
     for phase, path, seconds in (
         ("forward", "fused", 1e-3),
         ("forward", "addmm", 3e-3),
+        ("forward", "hopper", 5e-4),
         ("forward", "torch", 2e-3),
         ("backward", "fused", 3e-3),
     ):
@@ -253,10 +294,10 @@ def test_factors_are_those_that_the_planner_reads(monkeypatch):
 
 
 def test_every_tiling_and_every_laid_out_kernel_is_exercised():
-    cases = [case for _, case in gpu_matrix.exercises()]
+    cases = [case for _, case in gpu_exercise.exercises()]
     laid_out = {(c.kh, c.sh, c.dh) for c in cases if c.kh == c.kw and c.sh == c.sw and c.m == 1}
     assert {(3, 1, 1), (3, 2, 1), (5, 1, 1), (5, 2, 1), (7, 1, 1), (3, 1, 2)} <= laid_out
-    counts = [count for count, _ in gpu_matrix.exercises() if count]
+    counts = [count for count, _ in gpu_exercise.exercises() if count]
     assert len(counts) == 8
     assert set(counts) == {1, 2, 100}
 

@@ -142,6 +142,7 @@ def test_a_product_that_adds_the_bias_saves_a_pass():
     passes = {path: len(_cuda_model.steps(LAYER.problem, FORWARD, path)) for path in PATHS}
     assert passes == {
         "fused": 1,
+        "hopper": 1,
         "depthwise": 4,
         "addmm": 3,
         "addmm_relu": 2,
@@ -207,7 +208,7 @@ def test_the_shipped_factors_are_measured_ones():
         for key, factor in found.items():
             phase, path, dtype, layout = key.split()
             assert phase in (FORWARD, BACKWARD)
-            assert path in WHOLE
+            assert path in PATHS
             assert dtype in ("float32", "tf32", "float16", "bfloat16")
             assert layout in ("nchw", "nhwc")
             assert 0.01 < factor < 100

@@ -73,6 +73,7 @@ void run(const char* name, const Problem& problem, int device, Call call) {
   if (outcome.cuda_error != 0) throw std::runtime_error(sentence(name, problem, device, outcome.cuda_error));
 }
 
+template <cuda::ForwardKernel kernel>
 void run_forward(const py::tuple& fields, bool tf32, uintptr_t input, uintptr_t depthwise_weight,
                  uintptr_t depthwise_bias, uintptr_t pointwise_weight, uintptr_t bias, uintptr_t output,
                  uintptr_t workspace, size_t workspace_size, int device, uintptr_t stream) {
@@ -80,8 +81,8 @@ void run_forward(const py::tuple& fields, bool tf32, uintptr_t input, uintptr_t 
   const Weights weights = {address(depthwise_weight), address(depthwise_bias), address(pointwise_weight),
                            address(bias)};
   run("forward", problem, device, [&] {
-    return cuda::forward(problem, {tf32}, address(input), weights, mutable_address(output), mutable_address(workspace),
-                         workspace_size, queue_of(device, stream));
+    return cuda::forward(problem, {tf32, kernel}, address(input), weights, mutable_address(output),
+                         mutable_address(workspace), workspace_size, queue_of(device, stream));
   });
 }
 
@@ -126,7 +127,15 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     check(cuda::forward_workspace_bytes(to_problem(fields), {tf32}, &bytes));
     return bytes;
   });
-  m.def("forward", &run_forward);
+  m.def("forward", &run_forward<cuda::ForwardKernel::portable>);
+  m.def("forward_hopper", &run_forward<cuda::ForwardKernel::hopper>);
+  m.def("has_hopper_kernel", [](const py::tuple& fields, int device) {
+    const Problem problem = read_problem(fields);
+    const DeviceGuard guard(device);
+    if (guard.error() == cudaSuccess) return cuda::has_hopper_kernel(problem, device);
+    static_cast<void>(cudaGetLastError());
+    return false;
+  });
   m.def("backward_workspace_bytes",
         [](const py::tuple& fields, bool tf32, uintptr_t grad_input, uintptr_t grad_depthwise_weight,
            uintptr_t grad_depthwise_bias, uintptr_t grad_pointwise_weight, uintptr_t grad_bias) {

@@ -22,6 +22,7 @@
 #include <cuda_runtime.h>
 
 #include "instructions.cuh"
+#include "instructions_hopper.cuh"
 #endif
 
 namespace fastsep {

@@ -142,6 +142,11 @@ void estimate(Plan& plan, int processors) {
                         ceil(rounds / Tile::blocks) * (Tile::stages == 1 ? 1000 : 500));
 }
 
+// Whether a tiling has a kernel that reads the input in place, for what does not fit. For 16 bits the small one alone
+// has: no layer of benchmarks/shapes takes another, and each takes seconds to compile.
+template <class T, class Tile>
+constexpr bool has_global_taps = sizeof(T) == 4 || std::is_same<Tile, SmallTiling>::value;
+
 // The best shape of tile for a tiling: a few widths, as high as goes, and several images where one is small.
 template <class T, class Arithmetic, class Tile>
 Plan plan_tiling(const Forward& forward, int processors) {
@@ -162,7 +167,7 @@ Plan plan_tiling(const Forward& forward, int processors) {
       for (const bool global : {false, true}) {
         p.taps = Taps::global;
         p.halo_h = p.halo_w = p.halo_units = p.halo_bytes = 0;
-        if (global ? has_window(p) : !lay_out_halo<T>(p)) continue;
+        if (global ? has_window(p) || !has_global_taps<T, Tile> : !lay_out_halo<T>(p)) continue;
         estimate<T, Arithmetic, Tile>(plan, processors);
         if (plan.cost < best.cost) best = plan;
       }
@@ -190,9 +195,12 @@ cudaError_t launch_forward(const Problem& problem, const void* input, const Weig
   if (!has_window(p)) {
     const bool small = least.cost < shorter.cost;
     if (!small && shorter.cost == INFINITY) return cudaErrorInvalidConfiguration;
-    if ((small ? least : shorter).forward.taps == Taps::global)
-      return small ? launch_tiling<T, Arithmetic, SmallTiling, Taps::global>(least, queue)
-                   : launch_tiling<T, Arithmetic, ShortTiling, Taps::global>(shorter, queue);
+    if ((small ? least : shorter).forward.taps == Taps::global) {
+      if constexpr (has_global_taps<T, ShortTiling>) {
+        if (!small) return launch_tiling<T, Arithmetic, ShortTiling, Taps::global>(shorter, queue);
+      }
+      return launch_tiling<T, Arithmetic, SmallTiling, Taps::global>(least, queue);
+    }
     return small ? launch_tiling<T, Arithmetic, SmallTiling, Taps::shared>(least, queue)
                  : launch_tiling<T, Arithmetic, ShortTiling, Taps::shared>(shorter, queue);
   }

@@ -25,5 +25,11 @@ struct Launchers {
 
 extern const Launchers launchers_f32, launchers_f16, launchers_bf16;
 
+// The forward kernel of sm_90a, in hopper.cu: whether it takes the problem on the device, which is the current one;
+// whether it can have these addresses; and its launch, for a problem and addresses that it takes.
+bool hopper_takes(const Problem& problem, int device);
+bool hopper_takes_addresses(const Problem& problem, const void* input, const Weights& weights, const void* output);
+int32_t hopper_forward(const Problem& problem, const void* input, const Weights& weights, void* output, Queue queue);
+
 }  // namespace cuda
 }  // namespace fastsep

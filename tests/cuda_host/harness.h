@@ -63,13 +63,17 @@ extern int multiprocessors;
 inline fastsep::cuda::Queue queue() { return {0, nullptr, multiprocessors}; }
 
 void test_shim();
+void test_hopper_instructions();
 // All checks of forward() on one case, in the problem's dtype and layout: small integers or reals, addresses aligned to
 // 16 bytes or to one element only.
-void test_forward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide);
+void test_forward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide,
+                  fastsep::cuda::ForwardKernel kernel = fastsep::cuda::ForwardKernel::portable);
 // Larger problems, for the tilings that the table's small ones do not take.
 void test_tilings(const Variant& variant);
 // What is an error and no launch.
 void test_refusals(const Variant& variant);
+// The kernel of sm_90a, on layers of its own.
+void test_hopper(const Variant& variant);
 // The same of backward(), and with `subsets` every choice of gradients.
 void test_backward(const Variant& variant, const Case& c, const fastsep::Problem& p, bool integers, bool wide,
                    bool subsets);

@@ -110,6 +110,8 @@ void run_case(const Variant& variant, const Case& c, size_t index) {
         if (variant.tf32 && problem.out_channels == 0) continue;  // no product: the kernels of f32
         const Problem exact = with_integer_activations(problem);
         test_forward(variant, c, integers ? exact : problem, integers, wide);
+        if (cuda::has_hopper_kernel(integers ? exact : problem, 0))
+          test_forward(variant, c, integers ? exact : problem, integers, true, cuda::ForwardKernel::hopper);
         // Half of the backward runs: each case has integers in one layout and reals in the other.
         if ((index + (layout == Layout::nhwc) + integers) % 2 == 0 || index % 16 == 0)
           test_backward(variant, c, integers ? exact : problem, integers, wide, index % 16 == 0);
@@ -120,11 +122,13 @@ void run_case(const Variant& variant, const Case& c, size_t index) {
 
 // Every kernel of a type, for each number of threads that it may be launched with.
 void test_coverage(const Variant& variant) {
-  constexpr size_t forward = 5 + 2 + 2;        // tilings with the taps as a window, in shared and in global memory
-  constexpr size_t depthwise = 7 * 2 + 7 + 2;  // channels-last with 256 and 64 threads, NCHW, general both ways
-  constexpr size_t weights = 5 + 5 + 1 + 1;    // channels-last, NCHW, general, the parts added up
+  const bool halves = variant.dtype != Dtype::f32;
+  const size_t forward = 5 + 2 + (halves ? 1 : 2);  // tilings with the taps as a window, in shared and global memory
+  constexpr size_t depthwise = 7 * 2 + 7 + 2;       // channels-last with 256 and 64 threads, NCHW, general both ways
+  constexpr size_t weights = 5 + 5 + 1 + 1;         // channels-last, NCHW, general, the parts added up
   constexpr size_t products = 4 * 2;
-  constexpr size_t all = forward + depthwise + weights + products;
+  const size_t hopper = halves ? 1 : 0;
+  const size_t all = forward + depthwise + weights + products + hopper;
   expect(cuda_host::kernels.size() == all, std::string(variant.name) + ": cases ran " +
                                                std::to_string(cuda_host::kernels.size()) + " of the " +
                                                std::to_string(all) + " kernels");
@@ -147,6 +151,7 @@ int run(const std::string& launches_path, const std::vector<std::string>& paths)
   for (const std::string& path : paths)
     for (const Case& c : read_cases(path)) cases.push_back(c);
   test_shim();
+  test_hopper_instructions();
   // The types side by side, each in a process of its own: the shim knows one thread.
   std::vector<pid_t> children;
   for (const Variant& variant : variants) {
@@ -158,6 +163,7 @@ int run(const std::string& launches_path, const std::vector<std::string>& paths)
     for (size_t i = 0; i < cases.size(); ++i) run_case(variant, cases[i], i);
     test_tilings(variant);
     test_backward_tilings(variant);
+    test_hopper(variant);
     test_refusals(variant);
     test_launches(variant);
     test_coverage(variant);

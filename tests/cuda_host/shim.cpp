@@ -18,7 +18,7 @@ Thread current = {};
 
 namespace {
 
-enum class State { running, at_block_barrier, at_warp_barrier, done };
+enum class State { running, at_block_barrier, at_warp_barrier, waiting, done };
 
 struct Copy {
   void* to;
@@ -38,6 +38,7 @@ struct Worker {
   unsigned round = 0;  // of exchanges
   int group = 0;       // of copies
   std::vector<Copy> copies;
+  const std::function<bool()>* until = nullptr;  // what it waits for
 };
 
 constexpr size_t canary_bytes = 128;
@@ -51,6 +52,8 @@ constexpr size_t behind = canary_bytes;
 
 std::vector<std::unique_ptr<Worker>> workers;
 std::vector<Slots> slots;  // of each warp
+bool progress;             // of any thread, since it was last asked
+bool waits;                // whether any thread of the block ever waited for another warp
 const std::function<void()>* body = nullptr;
 
 Worker& worker() { return *workers[current.thread.x]; }
@@ -59,6 +62,7 @@ void work(void* index) {
   (void)index;
   (*body)();
   if (!worker().copies.empty()) fail("copies begun and never waited for");
+  end_of_thread();
   worker().state = State::done;
 }
 
@@ -68,19 +72,24 @@ void wait(State state) {
   self.fibre.yield();
 }
 
-// Runs the warp's threads until each is at a barrier of the block, or done.
+// Runs the warp's threads until each is at a barrier of the block, or waits for other warps, or is done.
 void run_warp(int first) {
   const bool backward = order == Order::backward;
   for (;;) {
-    int warp_waiting = 0;
+    int warp_waiting = 0, waiting = 0;
     for (int i = 0; i < 32; ++i) {
       const int thread = first + (backward ? 31 - i : i);
       Worker& w = *workers[static_cast<size_t>(thread)];
       current.thread.x = static_cast<unsigned>(thread);
-      if (w.state == State::running) w.fibre.resume();
+      if (w.state == State::waiting && (*w.until)()) w.state = State::running;
+      if (w.state == State::running) {
+        progress = true;
+        w.fibre.resume();
+      }
       warp_waiting += w.state == State::at_warp_barrier;
+      waiting += w.state == State::waiting;
     }
-    if (warp_waiting == 0) return;
+    if (warp_waiting == 0 || waiting > 0) return;
     if (warp_waiting != 32) fail("some lanes are at a barrier of their warp, others are not");
     for (int i = 0; i < 32; ++i) workers[static_cast<size_t>(first + i)]->state = State::running;
   }
@@ -93,12 +102,25 @@ void run_block(int threads) {
     w.copies.clear();
     w.fibre.prepare(work, nullptr);
   }
+  waits = false;
+  begin_block();
   const int warps = threads / 32;
   for (;;) {
+    // Where warps wait for one another, the first that can go on does, until none can: so roles that come first are as
+    // far ahead as they may be, with the other order those that come last.
+    for (int i = 0; i < warps;) {
+      progress = false;
+      run_warp(32 * (order == Order::backward ? warps - 1 - i : i));
+      i = waits && progress ? 0 : i + 1;
+    }
     int waiting = 0;
-    for (int warp = 0; warp < warps; ++warp) run_warp(32 * (order == Order::backward ? warps - 1 - warp : warp));
-    for (int i = 0; i < threads; ++i) waiting += workers[static_cast<size_t>(i)]->state == State::at_block_barrier;
-    if (waiting == 0) return;
+    for (int i = 0; i < threads; ++i) {
+      const Worker& w = *workers[static_cast<size_t>(i)];
+      current.thread.x = static_cast<unsigned>(i);
+      if (w.state == State::waiting) fail("a deadlock: threads wait for what no thread is left to do");
+      waiting += w.state == State::at_block_barrier;
+    }
+    if (waiting == 0) return end_of_block();
     if (waiting != threads) fail("some threads are at a barrier of their block, others have ended");
     for (int i = 0; i < threads; ++i) workers[static_cast<size_t>(i)]->state = State::running;
   }
@@ -119,6 +141,20 @@ void check_aligned(const void* address, size_t bytes) {
 void block_barrier() { wait(State::at_block_barrier); }
 void warp_barrier() { wait(State::at_warp_barrier); }
 
+void wait_until(const std::function<bool()>& condition) {
+  if (condition()) return;
+  worker().until = &condition;
+  waits = true;
+  wait(State::waiting);
+}
+
+void let_others_go_first() {
+  static const std::function<bool()> at_once = [] { return true; };
+  worker().until = &at_once;
+  waits = true;
+  wait(State::waiting);
+}
+
 const char* exchange(const void* value, size_t bytes) {
   if (bytes > 32) fail("an exchange of more than 32 bytes");
   Worker& self = worker();
@@ -132,7 +168,7 @@ cudaError_t run(dim3 grid, int threads, size_t shared_bytes, const std::function
   // What a device of compute capability 8.0 to 9.0 refuses, and what the shim cannot do.
   if (threads < 1 || threads > 1024 || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu)
     return cudaErrorInvalidConfiguration;
-  if (shared_bytes > 163 * 1024) return cudaErrorInvalidValue;
+  if (shared_bytes > 227 * 1024) return cudaErrorInvalidValue;
   if (threads % 32 != 0) fail("a block that is not made of whole warps");
   while (workers.size() < static_cast<size_t>(threads)) workers.push_back(std::make_unique<Worker>());
   slots.resize(static_cast<size_t>(threads) / 32);
@@ -144,6 +180,7 @@ cudaError_t run(dim3 grid, int threads, size_t shared_bytes, const std::function
   current.grid = grid;
   current.block_size = dim3(static_cast<unsigned>(threads));
   current.shared = shared;
+  current.shared_bytes = shared_bytes;
   const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
   for (uint64_t i = 0; i < blocks; ++i) {
     const uint64_t block = order == Order::backward ? blocks - 1 - i : i;

@@ -1,11 +1,11 @@
 // CUDA on the host, as far as csrc/cuda uses it: the kernels' source, compiled by a plain C++ compiler, runs here block
 // after block, each thread of a block as a fibre. csrc/cuda/common.cuh includes this in place of CUDA's headers.
 //
-// What it finds: a barrier or a warp's instruction that not all threads reach; two kinds of them at once; a read of
-// shared memory that nobody wrote (each block begins with all bits set: NaN in every type); an access beyond its end
-// (a canary, or the address sanitizer); a copy_async() used before copy_wait(): the bytes move only then; an address
-// not aligned to the access. Threads run in order, or in reverse (order = Order::backward): where a barrier is missing,
-// the two give different results.
+// What it finds: a deadlock; a barrier or a warp's instruction that not all threads reach; two kinds of them at once; a
+// read of shared memory that nobody wrote (each block begins with all bits set: NaN in every type); an access beyond
+// its end (a canary, or the address sanitizer); a copy_async() used before copy_wait(): the bytes move only then; an
+// address not aligned to the access. Threads run in order, or in reverse (order = Order::backward): where a barrier is
+// missing, the two give different results.
 #pragma once
 
 #include <cmath>
@@ -107,6 +107,7 @@ extern int64_t launches;
 struct Thread {
   dim3 thread, block, block_size, grid;
   char* shared;
+  size_t shared_bytes;
 };
 extern Thread current;  // of the fibre that runs
 
@@ -115,6 +116,10 @@ cudaError_t run(dim3 grid, int threads, size_t shared_bytes, const std::function
 
 void block_barrier();
 void warp_barrier();
+// Until it is true, by what threads of other warps do. Where it never will be, the program ends.
+void wait_until(const std::function<bool()>& condition);
+// If they can, and come before this thread's warp.
+void let_others_go_first();
 // Lays `value` out for the warp's other lanes, waits for all of them, and returns what each laid out: [32][bytes].
 const char* exchange(const void* value, size_t bytes);
 
@@ -203,3 +208,5 @@ float round_to_tf32(float value);
 
 }  // namespace cuda
 }  // namespace fastsep
+
+#include "shim_hopper.h"

@@ -1,7 +1,9 @@
 // The fused forward pass on the host: see main.cpp for what is run on which case.
 #include <cmath>
 #include <cstring>
+#include <set>
 
+#include "cuda/forward_hopper.cuh"
 #include "harness.h"
 
 namespace fastsep_tests {
@@ -14,18 +16,31 @@ struct Run {
   const Case& c;
   Problem p;
   bool integers, wide;
+  cuda::ForwardKernel kernel;
 
   int64_t channels() const { return p.out_channels > 0 ? p.out_channels : p.channels * p.multiplier; }
   int64_t output_size() const { return p.batch * channels() * out_height(p) * out_width(p); }
 
   bool forward_to(const Tensor& output, const Tensor& input, const Weights& weights) const {
-    const cuda::Options options = {variant.tf32};
+    const cuda::Options options = {variant.tf32, kernel};
     size_t bytes = 1;
     if (cuda::forward_workspace_bytes(p, options, &bytes) != Status::ok) return false;
     const Guarded workspace(bytes, Tight::end, 256);
+    // Of this call alone, and then of all.
+    std::set<std::pair<const void*, int>> before;
+    before.swap(cuda_host::kernels);
     const cuda::Outcome outcome =
         cuda::forward(p, options, input.memory.as(), weights, output.memory.as(), workspace.as(), bytes, queue());
+    if (kernel == cuda::ForwardKernel::hopper)
+      expect(cuda_host::kernels.size() == 1 && cuda_host::kernels.begin()->first == hopper_kernel(), variant, c, p,
+             "not the kernel asked for");
+    cuda_host::kernels.insert(before.begin(), before.end());
     return outcome.status == Status::ok && outcome.cuda_error == 0;
+  }
+
+  const void* hopper_kernel() const {
+    return p.dtype == Dtype::f16 ? reinterpret_cast<const void*>(cuda::hopper::separable_forward_hopper<__half>)
+                                 : reinterpret_cast<const void*>(cuda::hopper::separable_forward_hopper<__nv_bfloat16>);
   }
 
   void compare_with_oracle(const Tensor& got, const std::vector<double>& oracle,
@@ -81,8 +96,9 @@ struct Run {
 
 }  // namespace
 
-void test_forward(const Variant& variant, const Case& c, const Problem& p, bool integers, bool wide) {
-  Run{variant, c, p, integers, wide}.all();
+void test_forward(const Variant& variant, const Case& c, const Problem& p, bool integers, bool wide,
+                  cuda::ForwardKernel kernel) {
+  Run{variant, c, p, integers, wide, kernel}.all();
 }
 
 void test_tilings(const Variant& variant) {

@@ -1,0 +1,44 @@
+"""The module _cuda where there is no GPU."""
+
+from __future__ import annotations
+
+from fastsep import _native
+
+
+class OnHost:
+    """The module _cuda, as far as the kernels for the CPU can stand in for it: float32, no GPU, no stream."""
+
+    def __init__(self):
+        self.calls = []
+
+    derivative_from_output = staticmethod(lambda code: _native.core.derivative_from_output(code))
+
+    def why_refused(self, problem):
+        return "too large" if problem[0] == 33 else ""
+
+    def forward_workspace_bytes(self, problem, tf32):
+        return 192
+
+    def forward(self, problem, tf32, x, dw, db, pw, b, output, workspace, size, device, stream):
+        assert size == 192
+        assert workspace
+        assert stream == 17
+        self.calls.append("forward" if problem[4] else "depthwise forward")
+        _native.core.forward(problem, "", x, dw, db, pw, b, output)
+
+    def has_hopper_kernel(self, problem, device):
+        return problem[1] % 8 == 0
+
+    def forward_hopper(self, *arguments):
+        self.forward(*arguments)
+        self.calls[-1] = "forward hopper"
+
+    def backward_workspace_bytes(self, problem, tf32, *asked):
+        assert any(asked)
+        return 0
+
+    def backward(self, problem, tf32, x, dw, db, pw, saved, grad, *rest):
+        *asked, workspace, size, _device, stream = rest
+        assert (workspace, size, stream) == (0, 0, 17)
+        self.calls.append("backward" if problem[4] else "depthwise backward")
+        _native.core.backward(problem, "", x, dw, db, pw, saved, grad, *asked)

@@ -1,0 +1,164 @@
+"""The forward kernel for compute capability 9.0, on such a GPU: against float64, bit by bit from run to
+run, in a graph. benchmarks/gpu_check.sh runs this by itself and within a time limit, since a wrong barrier
+hangs.
+
+pytest -m cuda tests/test_cuda_hopper.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import CASES
+
+from fastsep import _native, _ops, _plan
+from fastsep._case import Case, format_case, parse_case
+from fastsep._check import call, error_bound, operands, relative_error
+from fastsep._cuda_model import FORWARD, FUSED, HOPPER
+from fastsep.bench.layers import load
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
+        reason="torch finds no GPU of compute capability 9.0",
+    ),
+]
+
+# The layers that tests/cuda_host runs, and some with many tiles for each block.
+LINES = [
+    "name=across_images n=2 c=72 h=14 w=14 k=264",
+    "name=four_images_in_a_tile n=5 c=136 h=7 w=7 k=40",
+    "name=one_chunk n=3 c=64 h=14 w=14 k=256",
+    "name=less_than_a_step n=1 c=8 h=9 w=30 k=512",
+    "name=two_columns_of_tiles n=1 c=128 h=28 w=28 k=24",
+    "name=rests_everywhere n=3 c=200 h=5 w=9 k=520",
+    "name=images_of_one_row n=9 c=80 h=1 w=4 k=16",
+    "name=wide_rows n=1 c=40 h=3 w=150 k=32",
+    "name=many_tiles n=61 c=24 h=56 w=56 k=264",
+    "name=many_chunks n=32 c=1024 h=7 w=7 k=1024",
+    "name=half_a_tile_less n=33 c=728 h=19 w=19 k=728",
+]
+ENDS = " kh=3 kw=3 pt=1 pb=1 pl=1 pr=1 db=1 b=1 mid=relu6 act=leaky_relu layout=nhwc"
+OWN = [parse_case(line + ENDS) for line in LINES]
+ACTIVATIONS = ("relu", "leaky_relu", "hardsigmoid", "silu", "gelu", "tanh")
+SIMPLE = "identity", "relu", "relu6", "leaky_relu"
+dtypes = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+
+
+def on_gpu(case: Case) -> dict:
+    return {name: None if t is None else t.cuda() for name, t in case.tensors().items()}
+
+
+def has_kernel(case: Case) -> bool:
+    assert _native.cuda is not None, _native.cuda_missing
+    return _native.cuda.has_hopper_kernel(case.problem, torch.cuda.current_device())
+
+
+def check(case: Case) -> None:
+    """Twice within the bound, and the same bits; in norm, where only the middle and the output are rounded,
+    each by half an eps at most, much nearer.
+    """
+    tensors = case.tensors()
+    sizes = (case.sh, case.sw), (case.pt, case.pb, case.pl, case.pr), (case.dh, case.dw)
+    # On the GPU too, in float64 and by torch's own operators: on a CPU the large layers take seconds.
+    wide = [None if t is None else t.cuda().double() for t in operands(tensors)]
+    exact = _ops.compose(*wide, *sizes, case.mid, case.act)
+    magnitude = _ops.compose(*[None if t is None else t.abs() for t in wide], *sizes, "identity", "identity")
+    bound = error_bound(case, magnitude)
+    with _plan.force(HOPPER):
+        got, again = (call(case, on_gpu(case)) for _ in range(2))
+    error = relative_error(got.cpu(), exact.cpu(), bound.cpu())
+    assert error <= 1, f"{error:.3g} times its bound: {format_case(case)}"
+    assert (got - exact).norm() <= torch.finfo(got.dtype).eps * exact.norm(), format_case(case)
+    assert torch.equal(got, again), format_case(case)
+
+
+@dtypes
+@pytest.mark.parametrize("case", OWN, ids=lambda case: case.name)
+def test_forward_is_within_the_rounding_bound(case, dtype):
+    case = replace(case, dtype=dtype)
+    assert has_kernel(case)
+    check(case)
+
+
+@dtypes
+def test_every_case_that_it_takes(dtype):
+    cases = [replace(case, dtype=dtype, layout="nhwc") for case in CASES if case.k]
+    taken = [case for case in cases if has_kernel(case)]
+    assert len(taken) >= 3
+    for case in taken:
+        check(case)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_on_both_sides(activation):
+    case = replace(OWN[0], dtype="bfloat16", mid=activation)
+    assert has_kernel(replace(case, act=activation)) == (activation in SIMPLE)
+    check(replace(case, act=activation if activation in SIMPLE else "identity"))
+
+
+@pytest.mark.parametrize("batch", [1, 32, 128])
+def test_the_layers_it_is_made_for(batch):
+    layers = [replace(case, n=batch, dtype="bfloat16", layout="nhwc") for case in load("mobilenet_v1").layers]
+    taken = [case for case in layers if has_kernel(case)]
+    assert len(taken) == len([case for case in layers if case.sh == 1])
+    for case in {case.problem: case for case in taken}.values():
+        check(case)
+
+
+def test_an_unaligned_input_is_computed_by_the_portable_kernel():
+    case = replace(OWN[0], dtype="float16", n=1)
+    tensors = on_gpu(case)
+    x = tensors["input"]
+    shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:]
+    n, c, h, w = x.shape
+    tensors["input"] = shifted.view(n, h, w, c).permute(0, 3, 1, 2).copy_(x)
+    assert tensors["input"].data_ptr() % 16
+    with _plan.force(HOPPER):
+        got = call(case, tensors)
+    with _plan.force(FUSED):
+        assert torch.equal(got, call(case, tensors))
+
+
+def test_a_graph_gives_the_same_bits():
+    case = replace(OWN[0], dtype="bfloat16")
+    tensors = on_gpu(case)
+    with _plan.force(HOPPER):
+        expected = call(case, tensors)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call(case, tensors)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call(case, tensors)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, expected)
+
+
+@dtypes
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_travel(value, dtype):
+    case = replace(OWN[0], dtype=dtype, mid="relu", act="relu")
+    tensors = on_gpu(case)
+    tensors["input"][0, 3, 4, 5] = value
+    sizes = (case.sh, case.sw), (case.pt, case.pb, case.pl, case.pr), (case.dh, case.dw)
+    wide = [None if t is None else t.double() for t in operands(tensors)]
+    with _plan.force(HOPPER):
+        got = call(case, tensors)
+    assert torch.equal(got.isfinite(), _ops.compose(*wide, *sizes, case.mid, case.act).isfinite())
+
+
+@pytest.mark.skipif(_plan.NAMED != "", reason="FASTSEP_CUDA_KERNEL chooses")
+def test_nothing_but_its_name_chooses_it_where_it_was_not_measured():
+    case = replace(OWN[0], dtype="bfloat16")
+    _plan.forget()
+    call(case, on_gpu(case))
+    (choice,) = _plan._choices.values()
+    key = _plan.factor_key(case.problem, FORWARD, HOPPER, False)
+    assert choice.path != HOPPER or key in _plan.factors()[torch.cuda.get_device_name()]
