@@ -11,6 +11,11 @@ namespace {
 // panel's weights and their sums stream through the rest.
 constexpr int64_t band_bytes = 256 * 1024;
 
+// Bands of whole images are of at least so many pixels, where the batch has them: for each band the pointwise weights
+// and the sums of their gradients, which no cache holds where planes are small, come and go once, two and four bytes of
+// traffic for every 2 FMAs of a pixel. At 96 pixels they take a third of the time of the products.
+constexpr int64_t least_band_pixels = 96;
+
 // As many units as this are enough for any machine's threads; each part costs partial sums.
 constexpr int64_t most_units = 32;
 // With fewer pixels a part's sums, written and read again, cost more than a few hundredths of its products.
@@ -90,16 +95,23 @@ BackwardPlan make_plan(const Problem& p, const Kernel& kernel, const Gradients& 
   const int64_t rows = p.batch * plan.out_height;
   const int64_t panel = kernel.shape.vector * kernel.shape.columns, panels = divide_up(p.channels, panel);
   const int64_t row_bytes = (p.out_channels + 4 * panel) * plan.out_width * element_size(p.dtype);
-  plan.band_rows = most(1, least(plan.out_height, band_bytes / row_bytes));
+  const int64_t fitting_rows = band_bytes / row_bytes;
+  plan.band_rows = most(1, least(plan.out_height, fitting_rows));
+  // The gradient of the depthwise half alone has no use for more than an image at a time.
+  if (p.out_channels > 0 && plan.band_rows == plan.out_height)
+    plan.band_images = least(
+        p.batch, most(fitting_rows / plan.out_height, divide_up(least_band_pixels, plan.out_height * plan.out_width)));
+  if (plan.band_images > 0) plan.halo = 0;
+  const int64_t bands = plan.band_images > 0 ? divide_up(p.batch, plan.band_images) : divide_up(rows, plan.band_rows);
   const int64_t parts = divide_up(most_units, panels);
   const int64_t worthwhile = most(1, rows * plan.out_width / least_part_pixels);
-  plan.parts = most(1, least(parts, least(worthwhile, divide_up(rows, plan.band_rows))));
+  plan.parts = most(1, least(parts, least(worthwhile, bands)));
   // The gradient of the depthwise half alone, channels-last: panels of a few rows in turn, so that whole pixels are
   // read.
   if (p.out_channels == 0 && p.layout == Layout::nhwc) plan.band_rows = least(plan.band_rows, 2);
   const bool pointwise = p.out_channels > 0 && gradients.pointwise_weight != nullptr;
   // Rows of the gradient itself are far apart, so to come back to them many times costs more than to copy the sums.
-  plan.direct = pointwise && plan.parts == 1 && rows > 0 && rows <= 2 * plan.band_rows && p.multiplier == 1 &&
+  plan.direct = pointwise && plan.parts == 1 && rows > 0 && bands <= 2 && p.multiplier == 1 &&
                 p.channels % kernel.shape.vector == 0;
   plan.layout = layout_of(p, kernel, pointwise && !plan.direct);
   return plan;

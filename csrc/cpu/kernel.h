@@ -92,10 +92,11 @@ struct BackwardPlan {
   BackwardLayout layout;
   const void* packed;
   void* sums;  // [parts][layout.sums_elements]
-  // All output rows of the batch are cut into `parts`, each with partial sums of its own; the parts of one image into
-  // bands of at most band_rows rows, the pixels worked on at a time. Neither depends on the number of threads.
-  int64_t parts, band_rows;
-  // How many rows of dt above a band the input's gradient reaches.
+  // All output rows of the batch are cut into `parts`, each with partial sums of its own; those into bands, the pixels
+  // worked on at a time, of at most band_images whole images, or, where that is 0, of band_rows rows of one image. None
+  // of them depends on the number of threads.
+  int64_t parts, band_rows, band_images;
+  // How many rows of dt above a band of rows the input's gradient reaches.
   int64_t halo;
   int64_t scratch_bytes;  // of one thread
 };
