@@ -70,43 +70,45 @@ struct Backward : BackwardBand<V, Shape> {
     const int64_t count = (end - begin + plan.band_images - 1) / plan.band_images;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t image = begin + cut(end - begin, count, i), stop = begin + cut(end - begin, count, i + 1);
-      band({image, stop - image, 0, plan.out_height, true, sums});
+      band({image, stop - image, 0, plan.out_height, true, i == 0, sums});
     }
   }
 
-  // Rows of the whole batch; the first of this unit's are not what its rings end with.
-  void image_rows(int64_t row, int64_t end, bool first, T* sums) {
-    while (row < end) {
+  // Rows [part_begin, end) of the whole batch; at the beginning of this unit's the rings do not end with those above.
+  void image_rows(int64_t part_begin, int64_t end, bool rings_empty, T* sums) {
+    for (int64_t row = part_begin; row < end;) {
       const int64_t image = row / plan.out_height, begin = row % plan.out_height;
       const int64_t stop = smaller(plan.out_height, begin + end - row);
       if (begin == 0) ring_begin = ring_end = 0;
-      if (first && begin > 0 && !in_place) {
+      if (rings_empty && row == part_begin && begin > 0 && !in_place) {
         ring_begin = ring_end = larger<int64_t>(0, begin - plan.halo);
-        bands(image, ring_begin, begin, false, sums);
+        bands(image, ring_begin, begin, false, false, sums);
       }
-      first = false;
-      bands(image, begin, stop, true, sums);
+      bands(image, begin, stop, true, row == part_begin, sums);
       row += stop - begin;
     }
   }
 
+  // Those of the pointwise weights begin with the products of the first band, where there is one.
   void clear_sums(T* sums) const {
     const int64_t panels = work.panel_end - work.panel_begin;
     const auto clear = [&](int64_t offset, int64_t each) {
       memset(sums + offset + work.panel_begin * each, 0, static_cast<size_t>(panels * each) * sizeof(T));
     };
-    if (plan.gradients.pointwise_weight != nullptr && !plan.direct)
-      clear(layout.pointwise_sums, p.multiplier * p.out_channels * panel);
+    if (p.batch == 0 && work.panel_begin == 0)
+      memset(sums, 0, static_cast<size_t>(layout.depthwise_sums) * sizeof(T));
     clear(layout.depthwise_sums, p.multiplier * p.kernel_h * p.kernel_w * panel);
     clear(layout.depthwise_bias_sums, p.multiplier * panel);
     if (work.panel_begin == 0)
       memset(sums + layout.bias_sums, 0, static_cast<size_t>(round_up(p.out_channels, V::width)) * sizeof(T));
   }
 
-  void bands(int64_t image, int64_t begin, int64_t end, bool counts, T* sums) {
+  void bands(int64_t image, int64_t begin, int64_t end, bool counts, bool first, T* sums) {
     const int64_t count = (end - begin + plan.band_rows - 1) / plan.band_rows;
-    for (int64_t i = 0; i < count; ++i)
-      band({image, 1, begin + cut(end - begin, count, i), begin + cut(end - begin, count, i + 1), counts, sums});
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t row = begin + cut(end - begin, count, i), stop = begin + cut(end - begin, count, i + 1);
+      band({image, 1, row, stop, counts, first && i == 0, sums});
+    }
   }
 
   // Whether a band takes t, and whether it takes x.
@@ -199,22 +201,20 @@ struct Backward : BackwardBand<V, Shape> {
     product.b = scratch + s.values;
     product.b_stride = panel;
     product.clamp = clamp_of<T>(Activation::identity);
-    T* sums = b.sums + layout.pointwise_sums + index * p.out_channels * panel;
-    product.c_stride = panel;
-    if (plan.direct) {
-      sums = static_cast<T*>(plan.gradients.pointwise_weight) + index * panel;
-      product.c_stride = p.channels;
-    }
-    const bool first = plan.direct && b.image == 0 && b.begin == 0;
-    product.start_stride = first ? 0 : product.c_stride;
-    product.column_count = plan.direct ? channels : panel;
+    const int64_t q = index / p.multiplier;
+    const bool direct = q < plan.direct_panels;
+    T* const sums = direct ? static_cast<T*>(plan.gradients.pointwise_weight) + q * panel
+                           : b.sums + BackwardSums<V, Shape>::pointwise_sums_of(plan, q, index % p.multiplier);
+    product.c_stride = direct ? p.channels : panel;
+    product.start_stride = b.first ? 0 : product.c_stride;
+    product.column_count = direct ? channels : panel;
     for (int64_t k = 0; k < p.out_channels; k += group) {
       const int64_t count = smaller<int64_t>(group, p.out_channels - k), tiles = (count + Rows - 1) / Rows;
       for (int64_t i = 0; i < tiles; ++i) {
         const int64_t begin = cut(count, tiles, i);
         product.a = scratch + s.gradient + k / group * block + begin;
         product.c = sums + (k + begin) * product.c_stride;
-        product.start = first ? packed<T>(plan, layout.zeros) : product.c;
+        product.start = b.first ? packed<T>(plan, layout.zeros) : product.c;
         multiply<V, Rows, Columns, 1>(product, cut(count, tiles, i + 1) - begin, (channels + V::width - 1) / V::width);
       }
     }

@@ -81,6 +81,7 @@ struct BackwardBand {
   struct Band {
     int64_t image, images, begin, end;
     bool counts;  // else only dt is wanted, for the rows of dx below
+    bool first;   // of those of the part that count
     T* sums;      // of the part
   };
 
@@ -99,7 +100,8 @@ struct BackwardBand {
   template <class F>
   void for_images(const Band& b, const F& f) const {
     const int64_t pixels = (b.end - b.begin) * plan.out_width;
-    for (int64_t i = 0; i < b.images; ++i) f(Band{b.image + i, 1, b.begin, b.end, b.counts, b.sums}, i * pixels);
+    for (int64_t i = 0; i < b.images; ++i)
+      f(Band{b.image + i, 1, b.begin, b.end, b.counts, b.first, b.sums}, i * pixels);
   }
 
   // ---- dv -----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,12 @@ struct BackwardSums {
   using T = typename V::T;
   static constexpr int panel = Shape::columns * V::width;
 
+  // Where the sums of a panel's pointwise weights begin, behind those of the panels that need none.
+  static int64_t pointwise_sums_of(const BackwardPlan& plan, int64_t q, int64_t filter) {
+    const Problem& p = plan.problem;
+    return plan.layout.pointwise_sums + ((q - plan.direct_panels) * p.multiplier + filter) * p.out_channels * panel;
+  }
+
   // Adds the sums [offset, offset + count) of all parts, in their order, into the first part's.
   static T* add_parts(const BackwardPlan& plan, int64_t offset, int64_t count) {
     T* const total = static_cast<T*>(plan.sums) + offset;
@@ -51,12 +57,10 @@ struct BackwardSums {
     const Problem& p = plan.problem;
     const int64_t m = p.multiplier, depth = p.channels * m;
     T* const gradient = static_cast<T*>(plan.gradients.pointwise_weight);
-    for (int64_t q = 0; gradient != nullptr && !plan.direct && q < plan.layout.panels; ++q) {
+    for (int64_t q = plan.direct_panels; gradient != nullptr && q < plan.layout.panels; ++q) {
       const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
       for (int64_t filter = 0; filter < m; ++filter) {
-        const T* sums =
-            add_parts(plan, plan.layout.pointwise_sums + ((q * m + filter) * p.out_channels + begin) * panel,
-                      (end - begin) * panel);
+        const T* sums = add_parts(plan, pointwise_sums_of(plan, q, filter) + begin * panel, (end - begin) * panel);
         T* to = gradient + begin * depth + channel * m + filter;
         for (int64_t k = begin; k < end; ++k, sums += panel, to += depth) {
           if (m == 1)

@@ -29,7 +29,7 @@ int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 8; }
 
-BackwardLayout layout_of(const Problem& p, const Kernel& kernel, bool pointwise_sums) {
+BackwardLayout layout_of(const Problem& p, const Kernel& kernel, int64_t panels_of_sums) {
   const int64_t line = 64 / element_size(p.dtype), m = p.multiplier, taps = p.kernel_h * p.kernel_w;
   const auto whole_lines = [&](int64_t elements) { return divide_up(elements, line) * line; };
   BackwardLayout layout;
@@ -45,8 +45,7 @@ BackwardLayout layout_of(const Problem& p, const Kernel& kernel, bool pointwise_
   layout.elements = layout.zeros + whole_lines(layout.panel);
 
   layout.pointwise_sums = 0;
-  const int64_t pointwise = pointwise_sums ? layout.panels * m * p.out_channels * layout.panel : 0;
-  layout.depthwise_sums = layout.pointwise_sums + pointwise;
+  layout.depthwise_sums = layout.pointwise_sums + panels_of_sums * m * p.out_channels * layout.panel;
   layout.depthwise_bias_sums = layout.depthwise_sums + layout.panels * m * taps * layout.panel;
   layout.bias_sums = layout.depthwise_bias_sums + layout.panels * m * layout.panel;
   layout.sums_elements =
@@ -111,9 +110,9 @@ BackwardPlan make_plan(const Problem& p, const Kernel& kernel, const Gradients& 
   if (p.out_channels == 0 && p.layout == Layout::nhwc) plan.band_rows = least(plan.band_rows, 2);
   const bool pointwise = p.out_channels > 0 && gradients.pointwise_weight != nullptr;
   // Rows of the gradient itself are far apart, so to come back to them many times costs more than to copy the sums.
-  plan.direct = pointwise && plan.parts == 1 && rows > 0 && bands <= 2 && p.multiplier == 1 &&
-                p.channels % kernel.shape.vector == 0;
-  plan.layout = layout_of(p, kernel, pointwise && !plan.direct);
+  if (pointwise && plan.parts == 1 && rows > 0 && bands <= 2 && p.multiplier == 1)
+    plan.direct_panels = panels - (p.channels % kernel.shape.vector == 0 ? 0 : 1);
+  plan.layout = layout_of(p, kernel, pointwise ? panels - plan.direct_panels : 0);
   return plan;
 }
 

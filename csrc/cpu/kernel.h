@@ -68,7 +68,7 @@ struct Tile {
 //
 // and the partial sums of one part of the pixels, all with whole panels:
 //
-//   pointwise_sums  [panels][m][K][panel]   where `direct` does not make them needless
+//   pointwise_sums  [panels - direct_panels][m][K][panel]
 //   depthwise_sums  [panels][m][kh*kw][panel]
 //   depthwise_bias_sums  [panels][m][panel]
 //   bias_sums       [padded K]
@@ -88,7 +88,9 @@ struct BackwardPlan {
   Gradients gradients;
   bool mid_from_output;  // derivative_from_output(mid_activation)
   bool need_inner;       // whether dt is wanted: for the gradients of the input or the depthwise half
-  bool direct;           // the one part sums up the pointwise weights' gradient where it belongs
+  // Of the first so many panels, the one part sums up the pointwise weights' gradient where it belongs: of none, or of
+  // all that consist of whole vectors.
+  int64_t direct_panels;
   BackwardLayout layout;
   const void* packed;
   void* sums;  // [parts][layout.sums_elements]
