@@ -110,7 +110,11 @@ SUBSETS = list(product([False, True], repeat=5))
 
 
 @pytest.mark.parametrize(
-    "name", ["both_biases", "silu", "relu6", "bands", "gelu_of_stride_and_multiplier", "channels_33_to_31"]
+    "name",
+    [
+        *("both_biases", "silu", "relu6", "bands", "gelu_of_stride_and_multiplier", "channels_33_to_31"),
+        *("two_bands_of_images", "parts_of_images"),
+    ],
 )
 @halves
 def test_every_subset_of_gradients_has_the_same_bits(name, part):
@@ -125,7 +129,11 @@ def test_every_subset_of_gradients_has_the_same_bits(name, part):
 
 
 @pytest.mark.parametrize(
-    "name", ["stride_2", "multiplier_3", "seven_by_seven", "many_images", "bands", "bands_stride_2"]
+    "name",
+    [
+        *("stride_2", "multiplier_3", "seven_by_seven", "many_images", "bands", "bands_stride_2"),
+        *("bands_of_images", "two_bands_of_images", "parts_of_images"),
+    ],
 )
 @halves
 @pytest.mark.usefixtures("threads")
