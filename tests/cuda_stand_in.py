@@ -19,19 +19,20 @@ class OnHost:
     def forward_workspace_bytes(self, problem, tf32):
         return 192
 
-    def forward(self, problem, tf32, x, dw, db, pw, b, output, workspace, size, device, stream):
+    def forward(self, problem, tf32, kernel, x, dw, db, pw, b, output, workspace, size, device, stream):
         assert size == 192
         assert workspace
         assert stream == 17
-        self.calls.append("forward" if problem[4] else "depthwise forward")
+        if kernel == 1 and (
+            not self.has_hopper_kernel(problem, device) or (x | dw | db | pw | b | output) % 16
+        ):
+            raise ValueError("the kernel asked for is not there")
+        name = "forward hopper" if kernel == 1 else "forward"
+        self.calls.append(name if problem[4] else "depthwise forward")
         _native.core.forward(problem, "", x, dw, db, pw, b, output)
 
     def has_hopper_kernel(self, problem, device):
         return problem[1] % 8 == 0
-
-    def forward_hopper(self, *arguments):
-        self.forward(*arguments)
-        self.calls[-1] = "forward hopper"
 
     def backward_workspace_bytes(self, problem, tf32, *asked):
         assert any(asked)

@@ -163,11 +163,20 @@ def test_an_error_of_cuda_names_the_shape():
     message = (
         r"CUDA error in the forward pass on device 0, .*: for the float16 input \[2, 8, 9, 10\], 16 output"
     )
-    for forward in (_cuda.forward, _cuda.forward, _cuda.forward_hopper):
+    for kernel in (0, 0, 1):
         with pytest.raises(RuntimeError, match=message):
-            forward(PROBLEM, False, *NOTHING, 0, 0, 0, 0)
+            _cuda.forward(PROBLEM, False, kernel, *NOTHING, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="CUDA error in the backward pass"):
         _cuda.backward(PROBLEM, False, *NOTHING, *(0,) * 5, 0, 0, 0, 0)
+
+
+@needs_module
+@pytest.mark.parametrize("kernel", [-1, 2])
+def test_a_kernel_that_nobody_knows_is_a_value_error(kernel):
+    from fastsep import _cuda
+
+    with pytest.raises(ValueError, match=f"kernel must be 0 or 1, got {kernel}"):
+        _cuda.forward(PROBLEM, False, kernel, *NOTHING, 0, 0, 0, 0)
 
 
 @needs_module

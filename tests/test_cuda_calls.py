@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -357,6 +358,49 @@ def test_the_line_says_path_reason_and_time(on_host, monkeypatch, capsys):
     line = capsys.readouterr().err
     assert line.startswith("fastsep: cuda hopper | named by FASTSEP_CUDA_KERNEL |")
     assert parse_case(line) == replace(case, name="")
+    assert on_host.calls[-1] == "forward hopper"
+    case = replace(case, c=12)
+    _cuda_kernels.forward_kernel(*operands(case.tensors()), None, *geometry(case))
+    line = capsys.readouterr().err
+    assert not line.startswith("fastsep: cuda hopper")
+    assert "; hopper, named by FASTSEP_CUDA_KERNEL, is not there for such a call on this GPU |" in line
+
+
+def test_addresses_that_the_hopper_kernel_does_not_take_are_seen(on_host, monkeypatch):
+    """Of any tensor, a bias too: another path computes the call, also when it is known, and says why."""
+    case = replace(BY_NAME["both_biases"], c=16, k=8, layout="nhwc")
+    tensors = case.tensors()
+    monkeypatch.setattr(_plan, "NAMED", HOPPER)
+    expected = oracle(case, tensors).float()
+    for odd in [None, *NAMES] * 2:
+        given = {name: between_vectors(t) if name == odd else t for name, t in tensors.items()}
+        on_host.calls.clear()
+        got = _cuda_kernels.forward_kernel(*operands(given), None, *geometry(case))
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+        assert ("forward hopper" in on_host.calls) == (odd is None), odd
+    assert sum("it wants addresses" in choice.why for choice in _plan._choices.values()) == 1
+
+
+def between_vectors(x):
+    """As x, at an address that is no multiple of 16."""
+    moved = x.new_empty(x.numel() + 1)[1:].as_strided(x.shape, x.stride(), 1).copy_(x)
+    assert moved.data_ptr() % 16 == 4
+    return moved
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_an_unknown_path_in_the_environment_is_an_error_of_each_call(on_host, monkeypatch, phase):
+    monkeypatch.setattr(_plan, "NAMED", "ampere")
+    case = BY_NAME["both_biases"]
+    arguments = *operands(case.tensors()), None, *geometry(case)
+    if phase == "forward":
+        call_it = partial(_cuda_kernels.forward_kernel, *arguments)
+    else:
+        call_it = partial(_cuda_kernels.backward_kernel, case.gradient(), *arguments, [True] * 5)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"^FASTSEP_CUDA_KERNEL is 'ampere', expected fused, hopper, "):
+            call_it()
+    assert on_host.calls == []
 
 
 def test_tf32_is_as_torch_says(monkeypatch):
