@@ -1,8 +1,11 @@
-"""The module _cuda where there is no GPU."""
+"""The module _cuda where there is no GPU, and calls as on one."""
 
 from __future__ import annotations
 
-from fastsep import _native
+from gpu_cases import geometry, present
+
+from fastsep import _cuda_kernels, _native
+from fastsep._check import operands
 
 
 class OnHost:
@@ -43,3 +46,15 @@ class OnHost:
         assert (workspace, size, stream) == (0, 0, 17)
         self.calls.append("backward" if problem[4] else "depthwise backward")
         _native.core.backward(problem, "", x, dw, db, pw, saved, grad, *asked)
+
+
+def forward(case, tensors):
+    """A forward pass as on a GPU, of tensors by name."""
+    return _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case))
+
+
+def backward(case, tensors, *, saved=None, needed=None):
+    """And a backward pass, for all gradients that there are where none are named."""
+    needed = present(tensors) if needed is None else needed
+    grad = case.gradient()
+    return _cuda_kernels.backward_kernel(grad, *operands(tensors), saved, *geometry(case), needed)
