@@ -77,6 +77,7 @@ enum class Status : int32_t {
   unsupported_isa,  // the named instruction set is not there on this machine
   small_workspace,  // less than workspace_bytes() asked for
   bad_packed,       // packed weights made for another problem or instruction set
+  no_kernel,        // the kernel asked for is not there for the problem, the device or the addresses
 };
 
 // One sentence for each status, for error messages.

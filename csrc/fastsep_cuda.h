@@ -23,8 +23,8 @@ struct Queue {
   int multiprocessors = 0;
 };
 
-// Of the fused forward pass. The one for sm_90a is taken where it is asked for and the problem, the device and the
-// addresses allow it: in every other case the portable one.
+// Of the fused forward pass: the portable one, which takes all, and the one for sm_90a. What is asked for runs or is
+// refused with no_kernel, so that who asked knows what ran.
 enum class ForwardKernel : int32_t { portable, hopper };
 
 struct Options {
@@ -47,8 +47,8 @@ Outcome forward(const Problem& problem, Options options, const void* input, cons
                 void* workspace, size_t workspace_size, Queue queue);
 
 // Whether ForwardKernel::hopper is there for a problem on a device, which must be current: channels-last f16 or bf16, a
-// 3 x 3 kernel of stride 1, multiples of 8 channels, an `activation` without exp or a division. Addresses have to
-// be aligned to 16 bytes too.
+// 3 x 3 kernel of stride 1, multiples of 8 channels, an `activation` without exp or a division. All addresses of a call
+// have to be aligned to 16 bytes too.
 bool has_hopper_kernel(const Problem& problem, int device);
 
 // As fastsep::backward(): `saved` is y where derivative_from_output(activation), else v, and not read for the identity;

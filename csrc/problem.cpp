@@ -60,6 +60,7 @@ const char* describe(Status status) {
     case Status::unsupported_isa: return "the instruction set is not compiled in or not supported by this processor";
     case Status::small_workspace: return "the workspace is smaller than workspace_bytes() asks for";
     case Status::bad_packed: return "the packed weights were made for another problem or instruction set";
+    case Status::no_kernel: return "the kernel asked for is not there for this problem, this device or these addresses";
   }
   return "unknown status";
 }

@@ -27,21 +27,7 @@ def forward_workspace_bytes(problem: tuple[int, ...], tf32: bool) -> int: ...
 def forward(
     problem: tuple[int, ...],
     tf32: bool,
-    input: int,
-    depthwise_weight: int,
-    depthwise_bias: int,
-    pointwise_weight: int,
-    bias: int,
-    output: int,
-    workspace: int,
-    workspace_size: int,
-    device: int,
-    stream: int,
-    /,
-) -> None: ...
-def forward_hopper(
-    problem: tuple[int, ...],
-    tf32: bool,
+    kernel: int,
     input: int,
     depthwise_weight: int,
     depthwise_bias: int,
@@ -54,10 +40,12 @@ def forward_hopper(
     stream: int,
     /,
 ) -> None:
-    """As forward(), by the kernel for compute capability 9.0 where the problem and the addresses allow it."""
+    """Kernel 0 is the portable one, 1 that for compute capability 9.0: ValueError where that is not there for
+    the problem, the device or the addresses."""
 
 def has_hopper_kernel(problem: tuple[int, ...], device: int) -> bool:
-    """Whether that kernel is there for the problem, and the device can run it."""
+    """Whether kernel 1 is there for the problem, and the device can run it. All its addresses have to be
+    multiples of 16."""
 
 def backward_workspace_bytes(
     problem: tuple[int, ...],

@@ -33,7 +33,11 @@ _benchmark = torch._C._get_cudnn_benchmark  # torch.backends.cudnn.benchmark, wi
 
 
 def key_of(tensors: Five, stride: Any, padding: Any, dilation: Any, *rest: Any) -> tuple[Any, ...]:
-    """All that tells apart calls which different things may be decided for."""
+    """All that tells apart calls which different things may be decided for.
+
+    What is made for a call, its output and dense copies, needs no look: torch's allocator aligns more than
+    any kernel asks for.
+    """
     input, dw, pw, db, b = tensors
     dtype = input.dtype
     aligned = input.data_ptr() | dw.data_ptr()
@@ -43,8 +47,10 @@ def key_of(tensors: Five, stride: Any, padding: Any, dilation: Any, *rest: Any) 
         aligned |= pw.data_ptr()
     if db is not None:
         of_db = db.shape, db.dtype, db.device
+        aligned |= db.data_ptr()
     if b is not None:
         of_b = b.shape, b.dtype, b.device
+        aligned |= b.data_ptr()
     exact = dtype is torch.float32 and (allows_tf32(), products_allow_tf32())
     return (
         *(

@@ -26,6 +26,9 @@ BackwardPath = Callable[
     [Tensor, Five, Weight], list[Tensor]
 ]  # of the gradient, the tensors, the saved output
 
+# The kernels of _cuda.forward().
+_PORTABLE, _SM_90A = 0, 1
+
 # Activations of which the slope at v is the same as at their value.
 _SAME_SLOPE_AT_OUTPUT = ("identity", "relu", "relu6", "leaky_relu")
 
@@ -169,12 +172,10 @@ class Forward:
         )
 
     def native(self, tensors: Five) -> Tensor:
-        cuda: Any = _native.cuda
-        return self._run(cuda.forward, tensors)
+        return self._run(_PORTABLE, tensors)
 
     def hopper(self, tensors: Five) -> Tensor:
-        cuda: Any = _native.cuda
-        return self._run(cuda.forward_hopper, tensors)
+        return self._run(_SM_90A, tensors)
 
     def has_hopper(self, device: int) -> bool:
         """Whether the kernel for compute capability 9.0 takes such calls. Where that decides nothing, no GPU
@@ -183,16 +184,18 @@ class Forward:
         cuda: Any = _native.cuda
         return decides and bool(cuda.has_hopper_kernel(self.problem, device))
 
-    def _run(self, kernel: Callable[..., None], tensors: Five) -> Tensor:
+    def _run(self, kernel: int, tensors: Five) -> Tensor:
+        cuda: Any = _native.cuda
         format = self.format
         # Named, so that a dense copy lives until all is queued.
         input, device = tensors[0].contiguous(memory_format=format), tensors[0].device
         dw, pw, db, b = _ops.dense_weights(*tensors[1:])
         output = input.new_empty_strided(self.shape, self.strides)  # torch.empty() takes 1.5 us more
         workspace = workspace_of(self.workspace, device)
-        kernel(
-            *(self.problem, self.tf32, input.data_ptr(), address(dw), address(db), address(pw), address(b)),
-            *(output.data_ptr(), address(workspace), self.workspace, device.index, stream_of(device)),
+        cuda.forward(
+            *(self.problem, self.tf32, kernel),
+            *(input.data_ptr(), address(dw), address(db), address(pw), address(b), output.data_ptr()),
+            *(address(workspace), self.workspace, device.index, stream_of(device)),
         )
         return output
 

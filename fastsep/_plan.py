@@ -25,10 +25,9 @@ from ._cuda_model import ALL, HOPPER, PATHS, Asked, Gpu, Problem
 
 DTYPE_NAMES = {0: "float32", 2: "float16", 3: "bfloat16"}
 
-# The path that the environment names, for tests and measurements.
+# The path that the environment names, for tests and measurements. choose() refuses one that it does not know:
+# an import must not fail.
 NAMED = os.environ.get("FASTSEP_CUDA_KERNEL", "")
-if NAMED not in ("", *PATHS):
-    raise ValueError(f"FASTSEP_CUDA_KERNEL must be {', '.join(PATHS[:-1])} or {PATHS[-1]}, got {NAMED}")
 
 
 @lru_cache
@@ -60,12 +59,17 @@ def why_not(problem: Problem, phase: str, path: str, tf32: bool, asked: Asked, g
 
     The kernel for compute capability 9.0 has not run on a GPU yet: each kind of GPU has to have been tried.
     """
-    if path != HOPPER:
-        return ""
-    if not asked.aligned:
-        return f"{path} left out, it wants addresses that are multiples of 16"
-    if factor_key(problem, phase, path, tf32) not in factors().get(gpu.name, {}):
+    if unaligned := why_unaligned(path, asked):
+        return unaligned
+    if path == HOPPER and factor_key(problem, phase, path, tf32) not in factors().get(gpu.name, {}):
         return f"{path} left out, it was not measured on a {gpu.name}"
+    return ""
+
+
+def why_unaligned(path: str, asked: Asked) -> str:
+    """Why a path cannot take a call's addresses, even where it is named; empty where it can."""
+    if path == HOPPER and not asked.aligned:
+        return f"{path} left out, it wants addresses that are multiples of 16"
     return ""
 
 
@@ -104,9 +108,29 @@ def choose(
     gpu_of: Callable[[int], Gpu] | None = None,
     seconds_of: Callable[[Candidates], dict[str, float]] | None = None,
 ) -> Choice:
-    """The path for a call."""
-    if forced() in candidates:
-        return Choice(forced(), "forced" if _forced else "named by FASTSEP_CUDA_KERNEL", True)
+    """The path for a call; ValueError where the environment names one that there is not."""
+    if NAMED not in ("", *PATHS):
+        raise ValueError(f"FASTSEP_CUDA_KERNEL is {NAMED!r}, expected {', '.join(PATHS[:-1])} or {PATHS[-1]}")
+    path, by = forced(), "forced" if _forced else "named by FASTSEP_CUDA_KERNEL"
+    if path in candidates and not why_unaligned(path, asked):
+        return Choice(path, by, True)
+    choice = _choose(problem, phase, tf32, asked, device, candidates, gpu_of, seconds_of)
+    if path and path not in candidates:
+        return choice._replace(why=f"{choice.why}; {path}, {by}, is not there for such a call on this GPU")
+    return choice
+
+
+def _choose(
+    problem: Problem,
+    phase: str,
+    tf32: bool,
+    asked: Asked,
+    device: int,
+    candidates: Candidates,
+    gpu_of: Callable[[int], Gpu] | None,
+    seconds_of: Callable[[Candidates], dict[str, float]] | None,
+) -> Choice:
+    """Where none is named that the call has."""
     key = problem, phase, tf32, asked, device
     known = _choices.get(key)
     if known is not None and known.path not in candidates:  # for which torch has since been told otherwise

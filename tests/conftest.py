@@ -90,6 +90,15 @@ def on_host(monkeypatch):
 
 
 @pytest.fixture
+def lines(monkeypatch):
+    """Has each call on a GPU print its line, also without one: the time is made up."""
+    monkeypatch.setattr(_ops, "VERBOSE", True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.MonkeyPatch.context())
+    monkeypatch.setattr(_plan.Stopwatch, "__call__", lambda self, run, calls: (run(), 0.0123)[1])
+
+
+@pytest.fixture
 def exact_gpu():
     """On a GPU, float32 as it is, and the model alone to choose a path."""
     assert _native.cuda is not None, _native.cuda_missing

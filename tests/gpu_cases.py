@@ -1,4 +1,4 @@
-"""What the tests on a GPU share: their marks, cases by dtype, and what is exact."""
+"""What the tests of calls on a GPU share, with one or without: marks, cases by dtype, and what is exact."""
 
 from __future__ import annotations
 
@@ -43,15 +43,21 @@ def on_gpu(tensors, device="cuda"):
 
 
 def geometry(case):
-    return (case.sh, case.sw), (case.pt, case.pb, case.pl, case.pr), (case.dh, case.dw)
+    """The operators' arguments behind the tensors."""
+    return (case.sh, case.sw), (case.pt, case.pb, case.pl, case.pr), (case.dh, case.dw), case.mid, case.act
+
+
+def present(tensors):
+    """Of the operators' tensors, whether each is there."""
+    return [tensor is not None for tensor in operands(tensors)]
 
 
 def exactly(case, tensors):
-    """Output and the sum of its terms' absolute values, in float64 on the CPU."""
+    """Output and the sum of its terms' absolute values, in float64 where the tensors are."""
     wide = [None if t is None else t.double() for t in operands(tensors)]
     sizes = [None if t is None else t.abs() for t in wide]
-    exact = _ops.compose(*wide, *geometry(case), case.mid, case.act)
-    return exact, _ops.compose(*sizes, *geometry(case), "identity", "identity")
+    plain = replace(case, mid="identity", act="identity")
+    return _ops.compose(*wide, *geometry(case)), _ops.compose(*sizes, *geometry(plain))
 
 
 def layer(case, dtype=torch.float32, **options):

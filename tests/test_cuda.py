@@ -22,6 +22,7 @@ from gpu_cases import (
     layouts,
     on_gpu,
     parts,
+    present,
     rounded,
     varieties,
 )
@@ -68,14 +69,8 @@ def test_gradients_are_within_the_rounding_bound(case, part, variety):
     case = in_dtype(part(case), variety)
     tensors, grad = case.tensors(), case.gradient()
     wide = [None if t is None else t.double() for t in operands(tensors)]
-    needed = [t is not None for t in wide]
-    exact = dict(
-        zip(
-            NAMES,
-            _backward.compose(grad.double(), *wide, *geometry(case), case.mid, case.act, needed),
-            strict=True,
-        )
-    )
+    gradients = _backward.compose(grad.double(), *wide, *geometry(case), present(tensors))
+    exact = dict(zip(NAMES, gradients, strict=True))
     bounds = gradient_bounds(rounded(case, variety), tensors, grad)
     for layout in LAYOUTS:
         varied = replace(case, layout=layout)
@@ -227,14 +222,14 @@ def test_no_images():
 def test_a_dtype_without_kernels_is_composed(dtype):
     case = replace(BY_NAME["both_biases"], dtype=dtype)
     given = on_gpu(case.tensors())
-    expected = _ops.compose(*operands(given), *geometry(case), case.mid, case.act)
+    expected = _ops.compose(*operands(given), *geometry(case))
     torch.testing.assert_close(call(case, given), expected)
 
 
 def test_gradients_of_gradients():
     case = replace(BY_NAME["both_biases"], mid="silu", act="tanh")
     found = []
-    for compute in (call, lambda c, t: _ops.compose(*operands(t), *geometry(c), c.mid, c.act)):
+    for compute in (call, lambda c, t: _ops.compose(*operands(t), *geometry(c))):
         given = on_gpu(case.tensors())
         inputs = [t.requires_grad_() for t in given.values() if t is not None]
         first = torch.autograd.grad(compute(case, given).square().sum(), inputs, create_graph=True)

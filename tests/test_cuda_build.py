@@ -22,9 +22,8 @@ from cases import BY_NAME, CASES, half
 from commands import ROOT, run
 
 import fastsep
-from fastsep import _cuda_paths, _native
+from fastsep import _native
 
-allows_tf32 = _cuda_paths.allows_tf32
 built = importlib.util.find_spec("fastsep._cuda") is not None
 needs_module = pytest.mark.skipif(not built, reason="the module _cuda was not built")
 needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="there is no cmake")
@@ -32,6 +31,13 @@ needs_cmake = pytest.mark.skipif(shutil.which("cmake") is None, reason="there is
 # Without a driver, a forward pass of this problem fails before anything is launched.
 PROBLEM = replace(BY_NAME["plain_3x3"], dtype="float16").problem
 NOTHING = (0,) * 6
+
+
+@pytest.fixture
+def cuda_module():
+    if not built:
+        pytest.skip("the module _cuda was not built")
+    return importlib.import_module("fastsep._cuda")
 
 
 # ---- the build
@@ -155,32 +161,31 @@ def test_the_module_needs_no_cuda_library_and_shows_no_symbol_of_cuda():
     assert not [name for name in names if name.startswith("cu") or "fastsep" in name]
 
 
-@needs_module
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_an_error_of_cuda_names_the_shape():
-    from fastsep import _cuda
-
+def test_an_error_of_cuda_names_the_shape(cuda_module):
     message = (
         r"CUDA error in the forward pass on device 0, .*: for the float16 input \[2, 8, 9, 10\], 16 output"
     )
-    for forward in (_cuda.forward, _cuda.forward, _cuda.forward_hopper):
+    for kernel in (0, 0, 1):
         with pytest.raises(RuntimeError, match=message):
-            forward(PROBLEM, False, *NOTHING, 0, 0, 0, 0)
+            cuda_module.forward(PROBLEM, False, kernel, *NOTHING, 0, 0, 0, 0)
     with pytest.raises(RuntimeError, match="CUDA error in the backward pass"):
-        _cuda.backward(PROBLEM, False, *NOTHING, *(0,) * 5, 0, 0, 0, 0)
+        cuda_module.backward(PROBLEM, False, *NOTHING, *(0,) * 5, 0, 0, 0, 0)
 
 
-@needs_module
+@pytest.mark.parametrize("kernel", [-1, 2])
+def test_a_kernel_that_nobody_knows_is_a_value_error(cuda_module, kernel):
+    with pytest.raises(ValueError, match=f"kernel must be 0 or 1, got {kernel}"):
+        cuda_module.forward(PROBLEM, False, kernel, *NOTHING, 0, 0, 0, 0)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_there_is_no_kernel_for_one():
-    from fastsep import _cuda
-
-    assert not _cuda.has_hopper_kernel(
+def test_without_a_gpu_there_is_no_kernel_for_one(cuda_module):
+    assert not cuda_module.has_hopper_kernel(
         replace(BY_NAME["plain_3x3"], dtype="float16", layout="nhwc").problem, 0
     )
 
 
-@needs_module
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -193,40 +198,32 @@ def test_without_a_gpu_there_is_no_kernel_for_one():
         ({0: 2**40, 2: 2**20, 3: 2**20}, "64 bits"),
     ],
 )
-def test_a_bad_problem_is_a_value_error(change, message):
-    from fastsep import _cuda
-
+def test_a_bad_problem_is_a_value_error(cuda_module, change, message):
     problem = tuple(change.get(i, value) for i, value in enumerate(PROBLEM))
-    for function in (_cuda.forward_workspace_bytes, _cuda.forward_kernel_name):
+    for function in (cuda_module.forward_workspace_bytes, cuda_module.forward_kernel_name):
         with pytest.raises(ValueError, match=message):
             function(problem, False)
     with pytest.raises(ValueError, match=message):
-        _cuda.forward(problem, False, *NOTHING, 0, 0, 0, 0)
+        cuda_module.forward(problem, False, 0, *NOTHING, 0, 0, 0, 0)
 
 
-@needs_module
-def test_a_gpu_has_no_fewer_multiprocessors_than_none():
-    from fastsep import _cuda
-
-    _cuda.pretend_multiprocessors(0)
+def test_a_gpu_has_no_fewer_multiprocessors_than_none(cuda_module):
+    cuda_module.pretend_multiprocessors(0)
     with pytest.raises(ValueError, match="count must be at least 0, got -1"):
-        _cuda.pretend_multiprocessors(-1)
+        cuda_module.pretend_multiprocessors(-1)
 
 
-@needs_module
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_every_case_has_a_kernel_and_a_workspace(case):
-    from fastsep import _cuda
-
+def test_every_case_has_a_kernel_and_a_workspace(cuda_module, case):
     for dtype in ("float32", "float16", "bfloat16"):
         for layout in ("nchw", "nhwc"):
             for part in (case, half(case)):
                 problem = replace(part, dtype=dtype, layout=layout).problem
                 for tf32 in (False, True):
-                    assert _cuda.forward_kernel_name(problem, tf32)
-                    assert _cuda.forward_workspace_bytes(problem, tf32) >= 0
+                    assert cuda_module.forward_kernel_name(problem, tf32)
+                    assert cuda_module.forward_workspace_bytes(problem, tf32) >= 0
                     asked = (1, 1, 1, 1, 1) if part.k else (1, 1, 1, 0, 0)
-                    assert _cuda.backward_workspace_bytes(problem, tf32, *asked) >= 0
+                    assert cuda_module.backward_workspace_bytes(problem, tf32, *asked) >= 0
 
 
 # ---- the way to it

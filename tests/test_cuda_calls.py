@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import BY_NAME, CASES, half
+from cases import BY_NAME, half
 from commands import run
+from cuda_stand_in import backward, forward
+from gpu_cases import every_case, geometry, layouts, parts, present
 
 from fastsep import _backward, _cuda_kernels, _cuda_paths, _native, _ops, _plan
 from fastsep._case import Case, format_case, parse_case
@@ -34,85 +35,37 @@ def case_format(case):
     return _ops.memory_format(case.tensors()["input"])
 
 
-def geometry(case):
-    return (case.sh, case.sw), (case.pt, case.pb, case.pl, case.pr), (case.dh, case.dw), case.mid, case.act
-
-
-PATHS = pytest.mark.parametrize("path", [FUSED, DEPTHWISE, TORCH])
-PARTS = pytest.mark.parametrize("part", [lambda case: case, half], ids=["separable", "depthwise"])
-LAYOUTS = pytest.mark.parametrize("layout", ["nchw", "nhwc"])
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
 @every_case
-@PARTS
-@LAYOUTS
+@parts
+@layouts
 def test_every_path_forward(on_host, case, part, layout):
     case = replace(part(case), layout=layout)
     tensors = case.tensors()
     exact, bound = oracle(case, tensors), error_bound(case, oracle(case, tensors, magnitude=True))
     for path in (FUSED, DEPTHWISE, ADDMM, TORCH):
         with _plan.force(path):
-            got = _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case))
+            got = forward(case, tensors)
         assert relative_error(got, exact, bound) <= 1, f"{path}: {format_case(case)}"
         assert got.is_contiguous(memory_format=case_format(case))
     expected = ["forward", "depthwise forward"] if case.k else ["depthwise forward"]
     assert on_host.calls[: len(expected)] == (expected if case.n not in (0, 33) else [])
 
 
-@pytest.mark.parametrize(("channels", "calls"), [(16, ["forward hopper"]), (12, [])])
-@pytest.mark.parametrize("how", ["forced", "named", "measured"])
-def test_the_hopper_kernel_runs_where_it_is_asked_for_or_was_measured(
-    on_host, monkeypatch, channels, calls, how
-):
-    """And where there is one. Nothing was measured of it yet, so the model does not take it by itself."""
-    case = replace(BY_NAME["padded_3x3"], c=channels, layout="nhwc")
-    tensors = case.tensors()
-
-    def check():
-        got = _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case))
-        torch.testing.assert_close(got, oracle(case, tensors).float(), rtol=1e-4, atol=1e-4)
-        return [name for name in on_host.calls if "hopper" in name]
-
-    assert check() == []
-    if how == "named":
-        monkeypatch.setattr(_plan, "NAMED", HOPPER)
-    if how == "measured":
-        key = _plan.factor_key(case.problem, "forward", HOPPER, allows_tf32())
-        monkeypatch.setattr(_plan, "factors", lambda: {"test": {key: 0.01}})
-        _plan.forget()
-    with _plan.force(HOPPER) if how == "forced" else nullcontext():
-        assert check() == calls
-
-
-def test_the_device_is_asked_for_the_hopper_kernel_where_that_decides_something(on_host, monkeypatch):
-    asked = []
-    monkeypatch.setattr(on_host, "has_hopper_kernel", lambda problem, device: asked.append(device) or True)
-    assert HOPPER not in candidates(RELU)
-    assert asked == []
-    monkeypatch.setattr(_ops, "VERBOSE", True)
-    assert list(candidates(RELU))[-1] == HOPPER
-    assert HOPPER not in candidates(half(RELU))
-    assert len(asked) == 1
-
-
 @every_case
-@PARTS
+@parts
 def test_every_path_backward(on_host, case, part):
     case = replace(part(case), layout="nhwc" if case.c % 2 else "nchw")
     tensors, grad = case.tensors(), case.gradient()
     exact, bounds = oracle_backward(case, tensors, grad), gradient_bounds(case, tensors, grad)
-    needed = [tensor is not None for tensor in operands(tensors)]
     y = _ops.run(*operands(tensors), None, *geometry(case))
     keeps = _native.core.derivative_from_output(_ops.ACTIVATIONS[case.act].code) and case.act != "identity"
     for path in (FUSED, DEPTHWISE, TORCH):
         for saved in [None, y] if keeps else [None]:
             with _plan.force(path):
-                args = grad, *operands(tensors), saved, *geometry(case), needed
-                got = _cuda_kernels.backward_kernel(*args)
+                got = backward(case, tensors, saved=saved)
             formats = [case_format(case)] + [torch.contiguous_format] * 4
             assert all(g.is_contiguous(memory_format=f) for g, f in zip(got, formats, strict=False))
-            named = dict(zip([n for n, need in zip(NAMES, needed, strict=True) if need], got, strict=True))
+            named = dict(zip([name for name in NAMES if tensors[name] is not None], got, strict=True))
             assert largest_error(named, exact, bounds) <= 1, f"{path}: {format_case(case)}"
 
 
@@ -134,6 +87,17 @@ def candidates(case):
     problem, shape, format = _ops.native_problem(*tensors, *geometry(case))
     forward = _cuda_paths.Forward.of(problem, shape, format, allows_tf32())
     return forward.paths(tensors, geometry(case))
+
+
+def test_the_device_is_asked_for_the_hopper_kernel_where_that_decides_something(on_host, monkeypatch):
+    asked = []
+    monkeypatch.setattr(on_host, "has_hopper_kernel", lambda problem, device: asked.append(device) or True)
+    assert HOPPER not in candidates(RELU)
+    assert asked == []
+    monkeypatch.setattr(_ops, "VERBOSE", True)
+    assert list(candidates(RELU))[-1] == HOPPER
+    assert HOPPER not in candidates(half(RELU))
+    assert len(asked) == 1
 
 
 def test_relu_and_bias_go_into_a_product_that_takes_them(on_host, cudnn_relu, monkeypatch):
@@ -231,12 +195,10 @@ def test_a_second_call_asks_nothing_again(on_host, monkeypatch):
 def test_a_lack_of_memory_names_the_shape(on_host, monkeypatch):
     """And is of torch's type, the first time and when all is known."""
     case = replace(BY_NAME["both_biases"], layout="nhwc")
-    tensors, grad = operands(case.tensors()), case.gradient()
-    x, dw, pw = tensors[:3]
-    needed = [True] * 5
-    _cuda_kernels.forward_kernel(*tensors, None, *geometry(case))
-    y = _cuda_kernels.backward_kernel(grad, *tensors, None, *geometry(case), needed)
-    assert len(y) == 5
+    tensors = case.tensors()
+    x, dw, pw = operands(tensors)[:3]
+    forward(case, tensors)
+    assert len(backward(case, tensors)) == 5
 
     def no_memory(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
@@ -250,14 +212,14 @@ def test_a_lack_of_memory_names_the_shape(on_host, monkeypatch):
     for _ in range(2):
         with _plan.force(FUSED):
             with pytest.raises(torch.OutOfMemoryError, match=what.format("forward")):
-                _cuda_kernels.forward_kernel(*tensors, None, *geometry(case))
+                forward(case, tensors)
             with pytest.raises(torch.OutOfMemoryError, match=what.format("backward")):
-                _cuda_kernels.backward_kernel(grad, *tensors, None, *geometry(case), needed)
+                backward(case, tensors)
         with pytest.raises(torch.OutOfMemoryError, match=what.format("forward")):
-            _cuda_kernels.forward_kernel(*tensors, None, *geometry(case))
+            forward(case, tensors)
 
 
-@PATHS
+@pytest.mark.parametrize("path", [FUSED, DEPTHWISE, TORCH])
 @pytest.mark.parametrize("name", ["both_biases", "relu6", "gelu", "tanh", "stride_2_tf_same"])
 def test_each_gradient_can_be_asked_for_alone(on_host, path, name):
     case = BY_NAME[name]
@@ -267,19 +229,17 @@ def test_each_gradient_can_be_asked_for_alone(on_host, path, name):
         if tensors[asked] is not None:
             needed = [name == asked for name in NAMES]
             with _plan.force(path):
-                got = _cuda_kernels.backward_kernel(grad, *operands(tensors), None, *geometry(case), needed)
+                got = backward(case, tensors, needed=needed)
             assert len(got) == 1
             assert largest_error({asked: got[0]}, exact, bounds) <= 1
-    assert _cuda_kernels.backward_kernel(grad, *operands(tensors), None, *geometry(case), [False] * 5) == []
+    assert backward(case, tensors, needed=[False] * 5) == []
 
 
 def test_no_images_are_no_call(on_host):
     case = BY_NAME["no_images"]
     tensors = case.tensors()
-    needed = [tensor is not None for tensor in operands(tensors)]
-    assert _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case)).shape == case.output
-    args = case.gradient(), *operands(tensors), None, *geometry(case), needed
-    assert all(not g.any() for g in _cuda_kernels.backward_kernel(*args))
+    assert forward(case, tensors).shape == case.output
+    assert all(not g.any() for g in backward(case, tensors))
     assert on_host.calls == []
 
 
@@ -303,19 +263,15 @@ def test_a_gpu_without_kernels_is_composed(on_host, monkeypatch):
     monkeypatch.setattr(_native, "why_not_on", lambda device: "too old")
     case = BY_NAME["both_biases"]
     tensors = case.tensors()
-    got = _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case))
-    torch.testing.assert_close(got, call(case, tensors))
+    torch.testing.assert_close(forward(case, tensors), call(case, tensors))
     assert on_host.calls == []
 
 
 def test_what_the_kernels_refuse_is_composed(on_host):
     case = BY_NAME["many_images"]
-    tensors, grad = case.tensors(), case.gradient()
-    got = _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case))
-    torch.testing.assert_close(got, call(case, tensors))
-    needed = [tensor is not None for tensor in operands(tensors)]
-    gradients = _cuda_kernels.backward_kernel(grad, *operands(tensors), None, *geometry(case), needed)
-    assert len(gradients) == sum(needed)
+    tensors = case.tensors()
+    torch.testing.assert_close(forward(case, tensors), call(case, tensors))
+    assert len(backward(case, tensors)) == sum(present(tensors))
     assert on_host.calls == []
 
 
@@ -328,35 +284,22 @@ def test_weights_of_another_device_are_refused(on_host):
         _cuda_kernels.forward_kernel(x, dw, pw, db, b, None, *geometry(case))
 
 
-def test_the_line_says_path_reason_and_time(on_host, monkeypatch, capsys):
-    monkeypatch.setattr(_ops, "VERBOSE", True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.MonkeyPatch.context())
-    monkeypatch.setattr(_plan.Stopwatch, "__call__", lambda self, run, calls: (run(), 0.0123)[1])
+def test_the_line_says_path_reason_and_time(on_host, lines, monkeypatch, capsys):
     case = BY_NAME["relu6"]
     tensors = case.tensors()
-    y = _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case))
+    y = forward(case, tensors)
     line = capsys.readouterr().err
     assert line.startswith("fastsep: cuda fused | by the model: fused ")
     assert "| 12.300 ms on the device, waited for |" in line
     assert parse_case(line) == replace(case, name="")
-    needed = [True, False, True, False, False]
-    _cuda_kernels.backward_kernel(case.gradient(), *operands(tensors), y, *geometry(case), needed)
+    backward(case, tensors, saved=y, needed=[True, False, True, False, False])
     line = capsys.readouterr().err
     assert line.startswith("fastsep: backward cuda ")
     assert ", gradients of input, pointwise_weight |" in line
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    _cuda_kernels.forward_kernel(*operands(tensors), None, *geometry(case))
+    forward(case, tensors)
     assert "| not timed in a graph |" in capsys.readouterr().err
     assert "hopper" not in line
-    case = replace(case, c=16, layout="nhwc")
-    _cuda_kernels.forward_kernel(*operands(case.tensors()), None, *geometry(case))
-    assert "; hopper left out, it was not measured on a test |" in capsys.readouterr().err
-    monkeypatch.setattr(_plan, "NAMED", HOPPER)
-    _cuda_kernels.forward_kernel(*operands(case.tensors()), None, *geometry(case))
-    line = capsys.readouterr().err
-    assert line.startswith("fastsep: cuda hopper | named by FASTSEP_CUDA_KERNEL |")
-    assert parse_case(line) == replace(case, name="")
 
 
 def test_tf32_is_as_torch_says(monkeypatch):

@@ -81,7 +81,7 @@ def test_an_error_of_cuda_names_the_shape_and_leaves_the_device_usable():
     problem = replace(BY_NAME["plain_3x3"], dtype="float16").problem
     message = r"CUDA error in the forward pass on device 9999, .*input \[2, 8, 9, 10\]"
     with pytest.raises(RuntimeError, match=message):
-        _native.cuda.forward(problem, False, *(0,) * 6, 0, 0, 9999, 0)
+        _native.cuda.forward(problem, False, 0, *(0,) * 6, 0, 0, 9999, 0)
     usable()
 
 

@@ -12,11 +12,12 @@ from dataclasses import replace
 import pytest
 import torch
 from cases import CASES
+from gpu_cases import exactly, on_gpu
 
 from fastsep import _native, _ops, _plan
-from fastsep._case import Case, format_case, parse_case
-from fastsep._check import call, error_bound, operands, relative_error
-from fastsep._cuda_model import FORWARD, FUSED, HOPPER
+from fastsep._case import DTYPES, Case, format_case, parse_case
+from fastsep._check import call, error_bound, relative_error
+from fastsep._cuda_model import FORWARD, HOPPER, PATHS
 from fastsep.bench.layers import load
 
 pytestmark = [
@@ -48,32 +49,25 @@ SIMPLE = "identity", "relu", "relu6", "leaky_relu"
 dtypes = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 
-def on_gpu(case: Case) -> dict:
-    return {name: None if t is None else t.cuda() for name, t in case.tensors().items()}
-
-
 def has_kernel(case: Case) -> bool:
     assert _native.cuda is not None, _native.cuda_missing
     return _native.cuda.has_hopper_kernel(case.problem, torch.cuda.current_device())
 
 
-def check(case: Case) -> None:
+def check(case: Case, given: dict | None = None) -> torch.Tensor:
     """Twice within the bound, and the same bits; in norm, where only the middle and the output are rounded,
-    each by half an eps at most, much nearer.
+    each by half an eps at most, much nearer. Of tensors of the GPU that are given, or else of copies.
     """
-    tensors = case.tensors()
-    sizes = (case.sh, case.sw), (case.pt, case.pb, case.pl, case.pr), (case.dh, case.dw)
     # On the GPU too, in float64 and by torch's own operators: on a CPU the large layers take seconds.
-    wide = [None if t is None else t.cuda().double() for t in operands(tensors)]
-    exact = _ops.compose(*wide, *sizes, case.mid, case.act)
-    magnitude = _ops.compose(*[None if t is None else t.abs() for t in wide], *sizes, "identity", "identity")
+    exact, magnitude = exactly(case, on_gpu(case.tensors()))
     bound = error_bound(case, magnitude)
     with _plan.force(HOPPER):
-        got, again = (call(case, on_gpu(case)) for _ in range(2))
+        got, again = (call(case, given or on_gpu(case.tensors())) for _ in range(2))
     error = relative_error(got.cpu(), exact.cpu(), bound.cpu())
     assert error <= 1, f"{error:.3g} times its bound: {format_case(case)}"
     assert (got - exact).norm() <= torch.finfo(got.dtype).eps * exact.norm(), format_case(case)
     assert torch.equal(got, again), format_case(case)
+    return got
 
 
 @dtypes
@@ -109,23 +103,47 @@ def test_the_layers_it_is_made_for(batch):
         check(case)
 
 
-def test_an_unaligned_input_is_computed_by_the_portable_kernel():
+def test_an_unaligned_input_is_computed_by_another_kernel(monkeypatch, capsys):
+    """Which the line says."""
     case = replace(OWN[0], dtype="float16", n=1)
-    tensors = on_gpu(case)
+    tensors = on_gpu(case.tensors())
     x = tensors["input"]
     shifted = torch.empty(x.numel() + 1, dtype=x.dtype, device="cuda")[1:]
     n, c, h, w = x.shape
     tensors["input"] = shifted.view(n, h, w, c).permute(0, 3, 1, 2).copy_(x)
     assert tensors["input"].data_ptr() % 16
-    with _plan.force(HOPPER):
-        got = call(case, tensors)
-    with _plan.force(FUSED):
+    monkeypatch.setattr(_ops, "VERBOSE", True)
+    got = check(case, tensors)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert "; hopper left out, it wants addresses that are multiples of 16 |" in line
+    taken = line.split()[2]
+    assert taken in set(PATHS) - {HOPPER}
+    with _plan.force(taken):
         assert torch.equal(got, call(case, tensors))
+
+
+@dtypes
+@pytest.mark.parametrize("odd", [*range(6), None])
+def test_what_it_does_not_take_is_refused_and_not_computed_by_another_kernel(dtype, odd):
+    """Also by the module itself: an address of each tensor, and a stride."""
+    case = replace(OWN[2], dtype=dtype, n=1)
+    names = "input", "depthwise_weight", "depthwise_bias", "pointwise_weight", "bias"
+    tensors = on_gpu(case.tensors())
+    output = torch.full((case.n, case.k, case.oh, case.ow), 7.0, dtype=DTYPES[dtype], device="cuda")
+    addresses = [*(tensors[name].data_ptr() for name in names), output.data_ptr()]
+    if odd is None:
+        case = replace(case, sh=2, sw=2)
+    else:
+        addresses[odd] += 2
+    with pytest.raises(ValueError, match="the kernel asked for is not there for this problem, this device"):
+        _native.cuda.forward(case.problem, False, 1, *addresses, 0, 0, 0, 0)
+    torch.cuda.synchronize()
+    assert (output == 7).all()
 
 
 def test_a_graph_gives_the_same_bits():
     case = replace(OWN[0], dtype="bfloat16")
-    tensors = on_gpu(case)
+    tensors = on_gpu(case.tensors())
     with _plan.force(HOPPER):
         expected = call(case, tensors)
         stream = torch.cuda.Stream()
@@ -145,20 +163,18 @@ def test_a_graph_gives_the_same_bits():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_nan_and_infinity_travel(value, dtype):
     case = replace(OWN[0], dtype=dtype, mid="relu", act="relu")
-    tensors = on_gpu(case)
+    tensors = on_gpu(case.tensors())
     tensors["input"][0, 3, 4, 5] = value
-    sizes = (case.sh, case.sw), (case.pt, case.pb, case.pl, case.pr), (case.dh, case.dw)
-    wide = [None if t is None else t.double() for t in operands(tensors)]
     with _plan.force(HOPPER):
         got = call(case, tensors)
-    assert torch.equal(got.isfinite(), _ops.compose(*wide, *sizes, case.mid, case.act).isfinite())
+    assert torch.equal(got.isfinite(), exactly(case, tensors)[0].isfinite())
 
 
 @pytest.mark.skipif(_plan.NAMED != "", reason="FASTSEP_CUDA_KERNEL chooses")
 def test_nothing_but_its_name_chooses_it_where_it_was_not_measured():
     case = replace(OWN[0], dtype="bfloat16")
     _plan.forget()
-    call(case, on_gpu(case))
+    call(case, on_gpu(case.tensors()))
     (choice,) = _plan._choices.values()
     key = _plan.factor_key(case.problem, FORWARD, HOPPER, False)
     assert choice.path != HOPPER or key in _plan.factors()[torch.cuda.get_device_name()]

@@ -132,7 +132,7 @@ def test_autocast_is_that_of_convolutions(dtype):
                 module.depthwise.bias,
                 module.pointwise.bias,
             ),
-            *(*geometry(LAYER), LAYER.mid, LAYER.act),
+            *geometry(LAYER),
         )
     assert y.dtype is expected.dtype is dtype
     eps = torch.finfo(dtype).eps
@@ -196,10 +196,10 @@ def test_opcheck(dtype, part):
     case = part(replace(BY_NAME["both_biases"], dtype=dtype))
     x, dw, pw, db, b = (None if t is None else t.cuda().requires_grad_() for t in operands(case.tensors()))
     if case.k:
-        args = x, dw, pw, db, b, None, *geometry(case), case.mid, case.act
+        args = x, dw, pw, db, b, None, *geometry(case)
         torch.library.opcheck(torch.ops.fastsep.separable_conv2d.default, args)
     else:
-        args = x, dw, db, *geometry(case), case.mid
+        args = x, dw, db, *geometry(case)[:-1]
         torch.library.opcheck(torch.ops.fastsep.depthwise_conv2d.default, args)
 
 

@@ -73,9 +73,15 @@ def test_it_is_taken_where_it_was_measured_and_is_the_fastest(monkeypatch):
 
 def test_addresses_that_it_does_not_take(monkeypatch):
     monkeypatch.setattr(_plan, "factors", lambda: {"test": {KEY: 0.1}})
+    unaligned = "; hopper left out, it wants addresses that are multiples of 16"
     choice = choose(asked=Asked(aligned=False))
     assert choice.path != HOPPER
-    assert choice.why.endswith("; hopper left out, it wants addresses that are multiples of 16")
+    assert choice.why.endswith(unaligned)
+    with _plan.force(HOPPER):
+        assert choose(asked=Asked(aligned=False)) == choice
+    monkeypatch.setattr(_plan, "NAMED", HOPPER)
+    assert choose(asked=Asked(aligned=False)) == choice
+    assert choose().path == HOPPER
 
 
 def test_it_is_not_even_timed_where_it_was_not_measured(monkeypatch):
@@ -114,14 +120,33 @@ def test_the_environment_names_any_path(monkeypatch):
     monkeypatch.setattr(_plan, "NAMED", DEPTHWISE)
     assert choose() == (DEPTHWISE, "named by FASTSEP_CUDA_KERNEL", True)
     monkeypatch.setattr(_plan, "NAMED", _cuda_model.ADDMM)
-    assert choose().why.startswith("by the model")  # a call without it
+    choice = choose()  # a call without it
+    assert choice.why.startswith("by the model")
+    assert choice.why.endswith(
+        "; addmm, named by FASTSEP_CUDA_KERNEL, is not there for such a call on this GPU"
+    )
+    with _plan.force(_cuda_model.CUDNN_RELU):
+        assert choose().why.endswith("; cudnn_relu, forced, is not there for such a call on this GPU")
+    monkeypatch.setattr(_plan, "NAMED", "")
+    assert "is not there" not in choose().why
 
 
 def test_a_path_that_there_is_not_is_refused():
-    result = run('python -c "import fastsep._plan"', FASTSEP_CUDA_KERNEL="ampere")
-    assert result.returncode != 0
-    assert "ValueError: FASTSEP_CUDA_KERNEL must be fused, hopper, depthwise, " in result.stderr
-    assert result.stderr.rstrip().endswith(" or torch, got ampere")
+    """Not at import, but at the first call that has to choose, and at each that follows."""
+    program = (
+        "import torch, fastsep\n"
+        "from fastsep import _plan\n"
+        "print(_plan.forced(), *fastsep.SeparableConv2d(4, 4, 3)(torch.randn(1, 4, 5, 5)).shape)\n"
+        "for _ in range(2):\n"
+        "    try: _plan.choose((), 'forward', False, _plan.ALL, 0, {})\n"
+        "    except ValueError as error: print(error)\n"
+    )
+    result = run(f'python -c "{program}"', FASTSEP_CUDA_KERNEL="ampere")
+    assert result.returncode == 0, result.stderr
+    first, *errors = result.stdout.splitlines()
+    assert first == "ampere 1 4 3 3"
+    paths = "fused, hopper, depthwise, addmm, addmm_relu, cudnn_relu or torch"
+    assert errors == [f"FASTSEP_CUDA_KERNEL is 'ampere', expected {paths}"] * 2
     result = run('python -c "from fastsep import _plan; print(_plan.forced())"', FASTSEP_CUDA_KERNEL="hopper")
     assert (result.returncode, result.stdout) == (0, "hopper\n")
 

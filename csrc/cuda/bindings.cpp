@@ -73,16 +73,24 @@ void run(const char* name, const Problem& problem, int device, Call call) {
   if (outcome.cuda_error != 0) throw std::runtime_error(sentence(name, problem, device, outcome.cuda_error));
 }
 
-template <cuda::ForwardKernel kernel>
-void run_forward(const py::tuple& fields, bool tf32, uintptr_t input, uintptr_t depthwise_weight,
+cuda::ForwardKernel kernel_of(int number) {
+  switch (number) {
+    case 0: return cuda::ForwardKernel::portable;
+    case 1: return cuda::ForwardKernel::hopper;
+    default: throw py::value_error("kernel must be 0 or 1, got " + std::to_string(number));
+  }
+}
+
+void run_forward(const py::tuple& fields, bool tf32, int kernel, uintptr_t input, uintptr_t depthwise_weight,
                  uintptr_t depthwise_bias, uintptr_t pointwise_weight, uintptr_t bias, uintptr_t output,
                  uintptr_t workspace, size_t workspace_size, int device, uintptr_t stream) {
   const Problem problem = to_problem(fields);
   const Weights weights = {address(depthwise_weight), address(depthwise_bias), address(pointwise_weight),
                            address(bias)};
+  const cuda::Options options = {tf32, kernel_of(kernel)};
   run("forward", problem, device, [&] {
-    return cuda::forward(problem, {tf32, kernel}, address(input), weights, mutable_address(output),
-                         mutable_address(workspace), workspace_size, queue_of(device, stream));
+    return cuda::forward(problem, options, address(input), weights, mutable_address(output), mutable_address(workspace),
+                         workspace_size, queue_of(device, stream));
   });
 }
 
@@ -127,8 +135,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
     check(cuda::forward_workspace_bytes(to_problem(fields), {tf32}, &bytes));
     return bytes;
   });
-  m.def("forward", &run_forward<cuda::ForwardKernel::portable>);
-  m.def("forward_hopper", &run_forward<cuda::ForwardKernel::hopper>);
+  m.def("forward", &run_forward);
   m.def("has_hopper_kernel", [](const py::tuple& fields, int device) {
     const Problem problem = read_problem(fields);
     const DeviceGuard guard(device);

@@ -55,9 +55,11 @@ Outcome forward(const Problem& problem, Options options, const void* input, cons
   const Status status = cuda::validate(problem);
   if (status != Status::ok) return {status, 0};
   if (problem.batch == 0) return {Status::ok, 0};
-  if (options.kernel == ForwardKernel::hopper && hopper_takes(problem, queue.device) &&
-      hopper_takes_addresses(problem, input, weights, output))
+  if (options.kernel == ForwardKernel::hopper) {
+    if (!hopper_takes(problem, queue.device) || !hopper_takes_addresses(problem, input, weights, output))
+      return {Status::no_kernel, 0};
     return {Status::ok, hopper_forward(problem, input, weights, output, queue)};
+  }
   const Launchers& launchers = launchers_of(problem.dtype);
   return {Status::ok, problem.out_channels == 0 ? launchers.depthwise(problem, input, weights, output, queue)
                                                 : launchers.forward(problem, options, input, weights, output, queue)};

@@ -177,7 +177,7 @@ const Layer layers[] = {{"14 x 14, tiles across images", 2, 72, 14, 14, 264, 1, 
                         {"wide rows", 1, 40, 3, 150, 32, 1, 2},
                         {"more padding than kernel", 2, 16, 4, 5, 16, 3, 1}};
 
-// Copies and stores are of 16 bytes: an address between them leaves a call to the portable kernel.
+// Copies and stores are of 16 bytes: with an address between them the kernel is refused, and no other runs for it.
 void test_addresses(const Problem& p, const Variant& variant, const Case& c) {
   alignas(16) static const char memory[32] = {};
   for (size_t odd = 0; odd <= 6; ++odd) {
@@ -185,7 +185,22 @@ void test_addresses(const Problem& p, const Variant& variant, const Case& c) {
     const Weights weights = {address(0), address(1), address(2), address(3)};
     expect(hopper_takes_addresses(p, address(4), weights, address(5)) == (odd == 6), variant, c, p,
            "takes addresses that it cannot have, or not those that it can");
+    if (odd == 6) continue;
+    const Options options = {variant.tf32, ForwardKernel::hopper};
+    const Outcome outcome =
+        forward(p, options, address(4), weights, const_cast<void*>(address(5)), nullptr, 0, queue());
+    expect(outcome.status == Status::no_kernel, variant, c, p, "computes with addresses that it cannot have");
   }
+}
+
+// Of strides of 2 there is no such kernel.
+void test_refused(Problem p, const Variant& variant, const Case& c) {
+  p.stride_h = p.stride_w = 2;
+  alignas(16) static char memory[16] = {};
+  const Options options = {variant.tf32, ForwardKernel::hopper};
+  const Outcome outcome = forward(p, options, memory, {memory, nullptr, memory, nullptr}, memory, nullptr, 0, queue());
+  expect(outcome.status == Status::no_kernel, variant, c, p, "computes what it does not take");
+  expect(!has_hopper_kernel(p, 0), variant, c, p, "is there for what it does not take");
 }
 
 }  // namespace
@@ -211,6 +226,7 @@ void test_hopper(const Variant& variant) {
     multiprocessors = layer.processors;
     test_forward(variant, c, p, !reals, true, ForwardKernel::hopper);
     test_addresses(p, variant, c);
+    test_refused(p, variant, c);
     reals = !reals;
   }
 }
