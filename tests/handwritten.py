@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastsep import SeparableConv2d
+from fastsep import DepthwiseConv2d, SeparableConv2d
 from fastsep._activations import ACTIVATIONS
 
 X = torch.randn(2, 6, 11, 10, generator=torch.Generator().manual_seed(1))
@@ -46,3 +46,8 @@ def layer(*args, seed=0, **options):
 
 def same(got, expected):
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def depthwise(seed=0, **options):
+    torch.manual_seed(seed)
+    return DepthwiseConv2d(**{"in_channels": 6, "out_channels": 6, "kernel_size": 3} | options)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from networks import randomize_norms
 from torch import nn
 
 import fastsep
+from fastsep._optimize.series import SeriesStep
 
 
 class Block(nn.Module):
@@ -57,3 +60,47 @@ def settled(model, x=X):
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-5)
     return results[-1]
+
+
+def targets_of(optimized):
+    graph = optimized.__dict__["forward"]._plans[0].graph
+    return [node.target for node in graph.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+
+
+def steps_of(optimized):
+    return [step for target in targets_of(optimized) for step in getattr(target, "links", [target])]
+
+
+def only_series(optimized):
+    (series,) = targets_of(optimized)
+    assert isinstance(series, SeriesStep)
+    return series
+
+
+def names_of(steps, attribute):
+    return [step.__name__ for step in steps if getattr(step, attribute, False)]
+
+
+class Excited(nn.Module):
+    """Depthwise -> norm -> activation -> squeeze-and-excite -> 1 x 1 -> norm -> sum."""
+
+    def __init__(self, gate=None, product=operator.mul, stride=1, inner=24, out=8, source=lambda x, t: t):
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(8, inner, 1), nn.BatchNorm2d(inner), nn.SiLU())
+        self.depthwise = nn.Sequential(nn.Conv2d(inner, inner, 3, padding=1, groups=inner), nn.Hardswish())
+        self.pool, self.product, self.source = nn.AdaptiveAvgPool2d(1), product, source
+        self.squeeze = nn.Sequential(nn.Conv2d(inner, 3, 1), nn.ReLU())
+        self.excite = nn.Sequential(nn.Conv2d(3, inner, 1), gate or nn.Sigmoid())
+        self.project = nn.Sequential(nn.Conv2d(inner, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out))
+
+    def gate(self, t):
+        return self.excite(self.squeeze(self.pool(t)))
+
+    def forward(self, x):
+        t = self.depthwise(self.expand(x))
+        return self.project(self.product(t, self.gate(self.source(x, t))))
+
+
+class ExcitedResidual(Excited):
+    def forward(self, x):
+        return x + super().forward(x)

@@ -7,7 +7,7 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from optimizing import X, check, made
+from optimizing import Excited, ExcitedResidual, X, check, made, names_of, only_series, steps_of, targets_of
 from torch import nn
 
 import fastsep
@@ -16,112 +16,6 @@ from fastsep._optimize.series import LinearStep, SeriesStep
 from fastsep._optimize.steps import DenseStep, ExpandedStep, ImageStep
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="the native module is missing")
-
-
-def targets_of(optimized):
-    graph = optimized.__dict__["forward"]._plans[0].graph
-    return [node.target for node in graph.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
-
-
-def steps_of(optimized):
-    return [step for target in targets_of(optimized) for step in getattr(target, "links", [target])]
-
-
-def only_series(optimized):
-    (series,) = targets_of(optimized)
-    assert isinstance(series, SeriesStep)
-    return series
-
-
-def names_of(steps, attribute):
-    return [step.__name__ for step in steps if getattr(step, attribute, False)]
-
-
-class Excited(nn.Module):
-    """Depthwise -> norm -> activation -> squeeze-and-excite -> 1 x 1 -> norm -> sum."""
-
-    def __init__(self, gate=None, product=operator.mul, stride=1, inner=24, out=8, source=lambda x, t: t):
-        super().__init__()
-        self.expand = nn.Sequential(nn.Conv2d(8, inner, 1), nn.BatchNorm2d(inner), nn.SiLU())
-        self.depthwise = nn.Sequential(nn.Conv2d(inner, inner, 3, padding=1, groups=inner), nn.Hardswish())
-        self.pool, self.product, self.source = nn.AdaptiveAvgPool2d(1), product, source
-        self.squeeze = nn.Sequential(nn.Conv2d(inner, 3, 1), nn.ReLU())
-        self.excite = nn.Sequential(nn.Conv2d(3, inner, 1), gate or nn.Sigmoid())
-        self.project = nn.Sequential(nn.Conv2d(inner, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out))
-
-    def gate(self, t):
-        return self.excite(self.squeeze(self.pool(t)))
-
-    def forward(self, x):
-        t = self.depthwise(self.expand(x))
-        return self.project(self.product(t, self.gate(self.source(x, t))))
-
-
-class ExcitedResidual(Excited):
-    def forward(self, x):
-        return x + super().forward(x)
-
-
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"gate": nn.Hardsigmoid()},
-        {"gate": nn.Identity()},
-        {"product": lambda t, gate: gate * t},
-        {"product": torch.mul},
-        {"product": lambda t, gate: t.mul(gate)},
-        {"inner": 19},
-    ],
-    ids=str,
-)
-def test_gates(options, channels_last):
-    x = X.contiguous(memory_format=torch.channels_last) if channels_last else X
-    optimized, (reason,) = check(model := made(ExcitedResidual(**options)), x, fused=0)
-    assert reason == "squeeze-and-excite between"
-    series = only_series(optimized)
-    assert names_of(series.links, "gated") == names_of(series.links, "residual") == ["project_0"]
-    assert isinstance(series.links[0], ExpandedStep)
-    with torch.no_grad():
-        for other in (x[:1], x[:, :, :4, :5], x[:0]):
-            torch.testing.assert_close(optimized(other), model(other), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "gated"),
-    [
-        ({"stride": 2, "out": 12}, True),
-        ({"stride": (3, 1)}, True),
-        ({"source": lambda x, t: t + 1}, False),  # made of the mean of another
-        ({"source": lambda x, t: x.repeat(1, 3, 1, 1)}, False),
-        ({"product": lambda t, gate: t * gate + t}, False),
-        ({"product": lambda t, gate: t * 2 + gate}, False),
-        ({"product": lambda t, gate: F.relu(t * gate)}, False),
-        ({"gate": nn.Softmax(1)}, False),
-    ],
-    ids=str,
-)
-def test_what_is_a_gate(options, gated):
-    optimized, _ = check(made(Excited(**options)), fused=0)
-    assert names_of(steps_of(optimized), "gated") == ["project_0"] * gated
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, 0.0])
-def test_gates_that_are_not_finite(value):
-    """Are factors as any other: infinity times zero is not a number."""
-    model = made(Excited(gate=nn.Identity()))
-    with torch.no_grad():
-        model.excite[0].bias[3] = value
-        model.excite[0].weight[3] = 0
-        model.depthwise[0].weight[3] = 0
-        model.depthwise[0].bias[3] = 0 if value != 0 else torch.inf
-    optimized = fastsep.optimize(model, verify=False)
-    assert names_of(steps_of(optimized), "gated")
-    with torch.no_grad():
-        expected, got = model(X), optimized(X)
-    assert expected.isnan().all()
-    torch.testing.assert_close(got, expected, equal_nan=True)
 
 
 class Sum(nn.Module):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optimizing import check, made
-from test_optimize_series import pair, steps_of, targets_of
+from optimizing import check, made, steps_of, targets_of
+from test_optimize_series import pair
 from torch import nn
 
 import fastsep

@@ -14,26 +14,22 @@
 
 #include <string.h>
 
-#include "backward_band.h"
-#include "backward_sums.h"
+#include "backward_products.h"
 
 namespace fastsep {
 namespace FASTSEP_ISA {
 namespace {
 
 template <class V, class Shape>
-struct Backward : BackwardBand<V, Shape> {
-  using Base = BackwardBand<V, Shape>;
+struct Backward : BackwardProducts<V, Shape> {
+  using Base = BackwardProducts<V, Shape>;
   using T = typename Base::T;
   using Band = typename Base::Band;
-  using Base::block;
   using Base::Columns;
-  using Base::group;
   using Base::layout;
   using Base::p;
   using Base::panel;
   using Base::plan;
-  using Base::Rows;
   using Base::Run;
   using Base::s;
   using Base::scratch;
@@ -95,8 +91,7 @@ struct Backward : BackwardBand<V, Shape> {
     const auto clear = [&](int64_t offset, int64_t each) {
       memset(sums + offset + work.panel_begin * each, 0, static_cast<size_t>(panels * each) * sizeof(T));
     };
-    if (p.batch == 0 && work.panel_begin == 0)
-      memset(sums, 0, static_cast<size_t>(layout.depthwise_sums) * sizeof(T));
+    if (p.batch == 0 && work.panel_begin == 0) memset(sums, 0, static_cast<size_t>(layout.depthwise_sums) * sizeof(T));
     clear(layout.depthwise_sums, p.multiplier * p.kernel_h * p.kernel_w * panel);
     clear(layout.depthwise_bias_sums, p.multiplier * panel);
     if (work.panel_begin == 0)
@@ -133,7 +128,7 @@ struct Backward : BackwardBand<V, Shape> {
       for (int64_t filter = 0; filter < p.multiplier; ++filter) {
         const int64_t index = q * p.multiplier + filter;
         if (needs_values(b)) values_of(b, channel, channels, filter, pointwise);
-        if (pointwise) pointwise_gradient(b, index, channels);
+        if (pointwise) Base::pointwise_gradient(b, index, channels);
         if (!plan.need_inner) continue;
         if (in_place) {
           depthwise_gradient(b, channel, channels, index, given(b, b.begin, channel), p.channels);
@@ -141,7 +136,7 @@ struct Backward : BackwardBand<V, Shape> {
         }
         T* const dt = ring(q, filter, b.begin);
         if (p.out_channels > 0)
-          product(b, index, channels, dt);
+          Base::inner_gradient(b, index, channels, dt);
         else
           take_gradient(b, channel, channels, filter, dt);
         const T* const z = scratch + (plan.mid_from_output ? s.values : s.arguments);
@@ -163,61 +158,6 @@ struct Backward : BackwardBand<V, Shape> {
     const int64_t count = round_up(channels, V::width);
     if (count == panel) return f(0, pixels * panel);
     for (int64_t i = 0; i < pixels; ++i) f(i * panel, count);
-  }
-
-  // ---- the two products -------------------------------------------------------------------------------------------
-
-  // du, into the ring
-  void product(const Band& b, int64_t index, int64_t channels, T* du) const {
-    const int64_t pixels = Base::pixels_of(b);
-    Product<T> product = {};
-    product.groups = 1;
-    product.depth = p.out_channels;
-    product.block_depth = group;
-    product.a_block_stride = block;
-    product.a_stride = 1;
-    product.b = packed<T>(plan, layout.pointwise) + index * p.out_channels * panel;
-    product.b_stride = panel;
-    product.start = packed<T>(plan, layout.zeros);
-    product.clamp = clamp_of<T>(Activation::identity);
-    product.c_stride = product.column_count = panel;
-    for (int64_t first = 0; first < pixels; first += Rows) {
-      product.a = scratch + s.gradient + first / Rows * s.blocks * block;
-      product.c = du + first * panel;
-      multiply<V, Rows, Columns, group>(product, smaller<int64_t>(Rows, pixels - first),
-                                        (channels + V::width - 1) / V::width);
-    }
-  }
-
-  // The rows are output channels of one group; those of the last are cut as evenly as possible, for a tile of few rows
-  // waits for its own sums.
-  void pointwise_gradient(const Band& b, int64_t index, int64_t channels) const {
-    Product<T> product = {};
-    product.groups = 1;
-    product.depth = Base::pixels_of(b);
-    product.block_depth = Rows;
-    product.a_block_stride = s.blocks * block;
-    product.a_stride = group;
-    product.b = scratch + s.values;
-    product.b_stride = panel;
-    product.clamp = clamp_of<T>(Activation::identity);
-    const int64_t q = index / p.multiplier;
-    const bool direct = q < plan.direct_panels;
-    T* const sums = direct ? static_cast<T*>(plan.gradients.pointwise_weight) + q * panel
-                           : b.sums + BackwardSums<V, Shape>::pointwise_sums_of(plan, q, index % p.multiplier);
-    product.c_stride = direct ? p.channels : panel;
-    product.start_stride = b.first ? 0 : product.c_stride;
-    product.column_count = direct ? channels : panel;
-    for (int64_t k = 0; k < p.out_channels; k += group) {
-      const int64_t count = smaller<int64_t>(group, p.out_channels - k), tiles = (count + Rows - 1) / Rows;
-      for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t begin = cut(count, tiles, i);
-        product.a = scratch + s.gradient + k / group * block + begin;
-        product.c = sums + (k + begin) * product.c_stride;
-        product.start = b.first ? packed<T>(plan, layout.zeros) : product.c;
-        multiply<V, Rows, Columns, 1>(product, cut(count, tiles, i + 1) - begin, (channels + V::width - 1) / V::width);
-      }
-    }
   }
 
   // ---- the depthwise half -------------------------------------------------------------------------------------------
