@@ -13,7 +13,8 @@ constexpr int64_t band_bytes = 256 * 1024;
 
 // Bands of whole images are of at least so many pixels, where the batch has them. For each band the pointwise weights
 // are read and the sums of their gradients read and written, and where planes are small no cache holds them: 12 bytes
-// for 2 FMAs of each pixel. At 96 pixels, 20 GB/s and 59 G FMAs/s that is a fifth of the time of the products.
+// for 2 FMAs of each pixel. At 96 pixels, with a memory of 20 GB/s and 59 G FMAs/s, that is a fifth of the time of the
+// products.
 constexpr int64_t least_band_pixels = 96;
 
 // As many units as this are enough for any machine's threads; each part costs partial sums.
@@ -104,7 +105,8 @@ BackwardPlan make_plan(const Problem& p, const Kernel& kernel, const Gradients& 
   const int64_t bands = plan.band_images > 0 ? divide_up(p.batch, plan.band_images) : divide_up(rows, plan.band_rows);
   const int64_t parts = divide_up(most_units, panels);
   const int64_t worthwhile = most(1, rows * plan.out_width / least_part_pixels);
-  plan.parts = most(1, least(parts, least(worthwhile, bands)));
+  // Not limited by how many images fit into a band: a band is no longer than its part, and threads want parts.
+  plan.parts = most(1, least(parts, least(worthwhile, plan.band_images > 0 ? p.batch : bands)));
   // The gradient of the depthwise half alone, channels-last: panels of some rows in turn, of which whole pixels fit.
   const int64_t whole_row_bytes = p.channels * plan.out_width * element_size(p.dtype);
   if (p.out_channels == 0 && p.layout == Layout::nhwc)
