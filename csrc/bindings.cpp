@@ -18,6 +18,7 @@
 #include "cpu/parallel.h"
 #include "cpu/series.h"
 #include "fastsep.h"
+#include "unchanged.h"
 
 namespace py = pybind11;
 using namespace fastsep;
@@ -287,6 +288,13 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   py::class_<Series>(m, "Series")
       .def(py::init(&to_series), py::arg("calls"), py::arg("inputs"), py::arg("outputs"))
       .def("run", &run_series, py::arg("inputs"), py::arg("outputs"));
+  py::class_<Unchanged>(m, "Unchanged")
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&,
+                    const py::list&, const std::vector<uintptr_t>&>(),
+           py::kw_only(), py::arg("held"), py::arg("partly"), py::arg("slots"), py::arg("modules"), py::arg("tensors"),
+           py::arg("placed"), py::arg("lines"))
+      .def("set_empty", &Unchanged::set_empty)
+      .def("holds", &Unchanged::holds);
   m.def("packed_bytes", [](const py::tuple& fields, const std::string& isa) {
     size_t bytes = 0;
     check(packed_bytes(to_problem(fields), fast_isa(isa), &bytes));

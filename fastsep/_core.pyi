@@ -1,4 +1,6 @@
-"""Types of the native module; its sources are csrc/bindings.cpp and csrc/fastsep.h."""
+"""Types of the native module; its sources are csrc/bindings.cpp, csrc/unchanged.h and csrc/fastsep.h."""
+
+from typing import Any
 
 def isas() -> list[str]:
     """Names of the instruction sets that run here, best first."""
@@ -92,6 +94,30 @@ class Series:
         self, calls: list[tuple[tuple[int, ...], int, int, int, int, int]], inputs: int, outputs: list[int]
     ) -> None: ...
     def run(self, inputs: list[int], outputs: list[int]) -> None: ...
+
+class Unchanged:
+    """Whether Python objects are what they were.
+
+    held: dicts that shall have the same values, in their order; partly: of those only which ones are None.
+    slots: dicts and names, of the same values. modules: of the same `training`. tensors: of the same
+    `_version`; placed: of the same `data_ptr()`. lines: addresses of memory that this reads, for speed.
+    """
+
+    def __init__(
+        self,
+        *,
+        held: list[dict[str, Any]],
+        partly: list[dict[str, Any]],
+        slots: list[tuple[dict[str, Any], str]],
+        modules: list[Any],
+        tensors: list[Any],
+        placed: list[Any],
+        lines: list[int],
+    ) -> None: ...
+    def set_empty(self, dicts: list[dict[int, Any]]) -> None:
+        """That these have no entries, instead of those before."""
+
+    def holds(self) -> bool: ...
 
 def backward(
     problem: tuple[int, ...],

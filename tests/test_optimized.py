@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import sys
+import weakref
 
 import pytest
 import torch
@@ -61,6 +63,33 @@ def test_training_and_back(pair, native_steps):
     assert not native_steps
     torch.testing.assert_close(settled(optimized), model(X).detach(), rtol=1e-4, atol=1e-5)
     assert native_steps
+
+
+def test_one_norm_trains(pair, native_steps):
+    model, optimized = pair
+    for one in (model, optimized):
+        one.behind.train()
+        assert one.training is False
+    with torch.no_grad():
+        assert torch.equal(settled(optimized), settled(model))
+    assert not native_steps
+
+
+def test_a_layer_that_is_the_same_in_training(pair, native_steps):
+    model, optimized = pair
+    optimized.depthwise.train()
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(X), model(X), rtol=1e-4, atol=1e-5)
+    assert native_steps
+
+
+def test_a_model_that_nobody_holds_is_freed():
+    optimized = fastsep.optimize(made(Block()))
+    settled(optimized)
+    weight = weakref.ref(optimized.pointwise.weight)
+    del optimized
+    gc.collect()
+    assert weight() is None
 
 
 def test_functional_call(pair):

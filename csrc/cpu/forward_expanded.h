@@ -261,12 +261,19 @@ struct ForwardExpanded {
     const T* const input;
     T* const e;  // rows first_row and on
     const int64_t first_row, channels;
+    const bool has_next;
     int64_t made = 0;  // pixels of e
     Product<T> product = {};
 
     Panel(const ForwardPlan& plan_, int64_t q, int64_t channels_, const Layout& layout_, const T* input_,
           int64_t first_row_, T* e_)
-        : plan(plan_), layout(layout_), input(input_), e(e_), first_row(first_row_), channels(channels_) {
+        : plan(plan_),
+          layout(layout_),
+          input(input_),
+          e(e_),
+          first_row(first_row_),
+          channels(channels_),
+          has_next(q + 1 < plan_.layout.expand_panels) {
       const Problem& p = plan.problem;
       product.groups = 1;
       product.depth = expansion_depth(p);
@@ -303,7 +310,9 @@ struct ForwardExpanded {
           }
         }
       } else {
+        const int64_t tiles = (all + Rows - 1) / Rows, elements = product.depth * panel;
         for (; made < wanted; made = smaller(all, made + Rows)) {
+          if (has_next) product.fetch_part(product.b + elements, elements, made / Rows, tiles);
           product.a = input + made / Rows * layout.blocks * block;
           product.c = e + made * panel;
           multiply<V, Rows, Columns, V::width>(product, smaller<int64_t>(Rows, all - made), registers);

@@ -40,6 +40,19 @@ struct Product {
   int64_t column_count;
   // As C, or null for none.
   const T* add = nullptr;
+  // What somebody reads later and shall find in the second-level cache: so many elements more with each block of A.
+  const T* fetch = nullptr;
+  int64_t fetch_elements = 0;
+
+  // Part i of n of `elements` from `next` on. All at once would be more lines than a core has misses under way, and the
+  // product's own loads would wait for them.
+  void fetch_part(const T* next, int64_t elements, int64_t i, int64_t n) {
+    constexpr int64_t line = 64 / sizeof(T);
+    const int64_t blocks = larger<int64_t>(1, groups * ((depth + block_depth - 1) / block_depth));
+    fetch_elements = round_up((elements + n * blocks - 1) / (n * blocks), line);
+    fetch = next + i * blocks * fetch_elements;
+    if (i * blocks * fetch_elements >= elements) fetch_elements = 0;
+  }
 };
 
 // acc += A * B for Depth neighbouring k.
@@ -128,6 +141,7 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
     c_row = in_register(c_row + product.c_stride);
   }
   const T* b = product.b;
+  const T* fetch = product.fetch;
   const T* a_block = product.a;
   const int64_t a_stride = RowStride == 1 ? product.a_stride : 1, b_stride = RowStride == 1 ? product.b_stride : Panel;
   constexpr int step = V::has_fma_lane ? V::width : 1;
@@ -137,6 +151,8 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
     for (int64_t left = product.depth; left > 0; left -= block_depth, a_block += product.a_block_stride) {
       const T* a = a_block;
       int64_t k = smaller(left, block_depth);
+      for (int64_t i = 0; i < product.fetch_elements; i += int64_t(64 / sizeof(T))) __builtin_prefetch(fetch + i, 0, 2);
+      fetch += product.fetch_elements;
       for (; k >= step; k -= step, a += step * a_stride, b += step * b_stride)
         multiply_step<V, Rows, Columns, RowStride, step>(a, a_stride, b, b_stride, acc);
       for (; step > 1 && k > 0; --k, a += a_stride, b += b_stride)

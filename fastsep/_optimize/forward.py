@@ -5,8 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from itertools import chain, repeat
-from operator import attrgetter, is_
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,13 +13,12 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
+from .. import _native
 from .._ops import PLAIN, memory_format
 from .series import SeriesStep
 from .steps import as_contiguous
 from .trace import inputs_of
 
-_version = attrgetter("_version")
-_training = attrgetter("training")
 _requires_grad = attrgetter("requires_grad")
 _HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 _GLOBAL_HOOKS = (
@@ -30,6 +28,18 @@ _GLOBAL_HOOKS = (
     torch_module._global_backward_pre_hooks,
 )
 
+# Layers that do the same in training and in inference.
+_MODELESS = (
+    nn.Conv2d,
+    nn.Linear,
+    nn.Identity,
+    nn.Flatten,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.Hardswish,
+    nn.SiLU,
+    nn.AdaptiveAvgPool2d,
+)
 
 # What a stand-in of the trace may stand for: of anything else the forward may ask what a tensor lacks.
 _ARGUMENTS = Tensor, int, float
@@ -47,72 +57,56 @@ class State:
         """`attributes` are the names of further tensors. Without `weights` what parameters and buffers are
         and hold may change, but for those attributes."""
         modules = list(root.modules())
-        children = [module._modules for module in modules]
-        tensors = [slots for module in modules for slots in (module._parameters, module._buffers)]
-        watched = [*children, *tensors] if weights else children
-        self._empty = [slots for slots in (*children, *tensors) if not slots]
-        self._filled = [slots for slots in watched if slots]
-        self._held = _values_of(self._filled)
-        self._replaceable = [] if weights else [slots for slots in tensors if slots]
-        self._absent = _absent(self._replaceable)
-        self._slots, self._names = _slots_of(root, attributes)
-        self._attributes = list(map(dict.get, self._slots, self._names))
-        self._training = list(map(_training, modules))
-        self._modules = modules
-        self.release(set())
-        seen = [*self._held, *self._attributes] if weights else []
-        self._tensors = [x for x in seen if isinstance(x, Tensor) and not x.is_inference()]
-        self._versions = list(map(_version, self._tensors))
-        self._placed = [x for x in self._tensors if type(x) in PLAIN and x.layout is torch.strided]
-        self._addresses = list(map(Tensor.data_ptr, self._placed))
+        children: list[dict[str, Any]] = [module._modules for module in modules]
+        numbers: list[dict[str, Any]]
+        numbers = [values for module in modules for values in (module._parameters, module._buffers)]
+        slots = _slots_of(root, attributes)
+        # All: a norm that trains writes to its statistics unseen, and is seen by its count of batches.
+        seen = [x for values in numbers for x in values.values()] + [values[name] for values, name in slots]
+        self._tensors = [x for x in seen if weights and isinstance(x, Tensor) and not x.is_inference()]
+        placed = [x for x in self._tensors if type(x) in PLAIN and x.layout is torch.strided]
         # As long as this memory is held no new tensor can come to lie at its address.
-        self._memory = [x.detach() for x in self._placed]
+        self._memory = [x.detach() for x in placed]
+        held, partly = ([*children, *numbers], []) if weights else (children, numbers)
+        # What native code looks at, which keeps none of it alive.
+        values = [list(known.values()) for known in held], [known[name] for known, name in slots]
+        self._modules, self._kept = modules, (held, partly, slots, values)
+        self._unchanged = _native.core and _native.core.Unchanged(
+            held=held,
+            partly=partly,
+            slots=slots,
+            modules=[module for module in modules if type(module) not in _MODELESS],
+            tensors=self._tensors,
+            placed=placed,
+            lines=[x._cdata for x in placed] + [x.untyped_storage()._cdata for x in placed],
+        )
+        self.release(set())
 
     def release(self, called: set[nn.Module]) -> None:
         """Hooks may come onto these: they are called as they are."""
         inner = [module for module in self._modules[1:] if module not in called]
-        self._hooks = [getattr(module, hooks) for hooks in _HOOKS for module in inner]
+        if self._unchanged is not None:
+            self._hooks = [getattr(module, hooks) for hooks in _HOOKS for module in inner]
+            self._unchanged.set_empty(self._hooks)
 
     def holds(self) -> bool:
-        """Whether nothing has changed. (In loops of the interpreter's own, for this runs in each call.)"""
-        held = _values_of(self._filled)
-        return (
-            len(held) == len(self._held)
-            and all(map(is_, held, self._held))
-            and not any(self._empty)
-            and all(map(is_, map(dict.get, self._slots, self._names), self._attributes))
-            and (not self._replaceable or _absent(self._replaceable) == self._absent)
-            and list(map(_version, self._tensors)) == self._versions
-            and list(map(Tensor.data_ptr, self._placed)) == self._addresses
-            and list(map(_training, self._modules)) == self._training
-            and not any(self._hooks)
-        )
+        """Whether nothing has changed. Without native code there is no plan that this matters to."""
+        return self._unchanged is None or self._unchanged.holds()
 
     def requires_grad(self) -> bool:
         return any(map(_requires_grad, self._tensors))
 
 
-def _values_of(slots: list[dict[str, Any]]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, slots)))
-
-
-def _absent(slots: list[dict[str, Any]]) -> list[bool]:
-    """Of which parameters and buffers there is only the name."""
-    return list(map(is_, _values_of(slots), repeat(None)))
-
-
-def _slots_of(root: nn.Module, attributes: Iterable[str]) -> tuple[list[dict[str, Any]], list[str]]:
+def _slots_of(root: nn.Module, attributes: Iterable[str]) -> list[tuple[dict[str, Any], str]]:
     """Where a module keeps its attributes."""
-    slots: list[dict[str, Any]] = []
-    names: list[str] = []
+    slots = []
     for attribute in attributes:
         path, _, name = attribute.rpartition(".")
         owner = root.get_submodule(path)
-        for kind in (owner.__dict__, owner._parameters, owner._buffers):
-            if name in kind:
-                slots.append(kind)
-                names.append(name)
-    return slots, names
+        slots += [
+            (kind, name) for kind in (owner.__dict__, owner._parameters, owner._buffers) if name in kind
+        ]
+    return slots
 
 
 @dataclass
