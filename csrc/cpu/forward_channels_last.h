@@ -199,10 +199,10 @@ struct ForwardChannelsLast {
     const T* const summand = static_cast<const T*>(plan.residual);
     // A panel of weights stays in cache for all pixels of the tile, which ask for the next one, where they are many
     // enough to compute for as long as that takes.
-    const int64_t panel_elements = p.multiplier * p.channels * panel, tiles = groups.runs * groups.per_run;
+    const int64_t panel_elements = p.multiplier * p.channels * panel;
     for (int64_t k = tile.panel_begin; k < tile.panel_end; ++k) {
       product.b = packed<T>(plan, plan.layout.pointwise) + k * panel_elements;
-      const bool fetches = k + 1 < tile.panel_end && tiles > 1;
+      const bool fetches = k + 1 < tile.panel_end && groups.runs * groups.per_run > 1;
       product.start = packed<T>(plan, plan.layout.bias) + k * panel;
       product.column_count = smaller<int64_t>(panel, p.out_channels - k * panel);
       const int64_t registers = (product.column_count + V::width - 1) / V::width;
@@ -212,7 +212,7 @@ struct ForwardChannelsLast {
         for (int64_t g = 0; g < groups.per_run; ++g, product.a += elements) {
           const int64_t begin = groups.begin(g), pixels = groups.begin(g + 1) - begin;
           product.c = row + begin * p.out_channels;
-          if (fetches) product.fetch_part(product.b + panel_elements, panel_elements, r * groups.per_run + g, tiles);
+          if (fetches) product.fetch_part(product.b + panel_elements, panel_elements, r * groups.per_run + g);
           // It has the output's shape, and is added behind the activation: here, where that is no clamp.
           const T* residual = p.residual ? summand + (product.c - static_cast<T*>(plan.output)) : nullptr;
           if (is_clamp(p.activation)) product.add = residual;

@@ -310,9 +310,9 @@ struct ForwardExpanded {
           }
         }
       } else {
-        const int64_t tiles = (all + Rows - 1) / Rows, elements = product.depth * panel;
+        const int64_t elements = product.depth * panel;
         for (; made < wanted; made = smaller(all, made + Rows)) {
-          if (has_next) product.fetch_part(product.b + elements, elements, made / Rows, tiles);
+          if (has_next) product.fetch_part(product.b + elements, elements, made / Rows);
           product.a = input + made / Rows * layout.blocks * block;
           product.c = e + made * panel;
           multiply<V, Rows, Columns, V::width>(product, smaller<int64_t>(Rows, all - made), registers);

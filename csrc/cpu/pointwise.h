@@ -40,18 +40,17 @@ struct Product {
   int64_t column_count;
   // As C, or null for none.
   const T* add = nullptr;
-  // What somebody reads later and shall find in the second-level cache: so many elements more with each block of A.
+  // Memory that is read later and shall be in the second-level cache by then; null for none. With RowStride V::width
+  // each block of A asks for half as many lines of it as it has elements. For each k that is 32 bytes in up to 28
+  // cycles, about what memory gives: with more at a time the product's own loads would wait.
   const T* fetch = nullptr;
-  int64_t fetch_elements = 0;
+  static constexpr int64_t line = 64 / sizeof(T);
 
-  // Part i of n of `elements` from `next` on. All at once would be more lines than a core has misses under way, and the
-  // product's own loads would wait for them.
-  void fetch_part(const T* next, int64_t elements, int64_t i, int64_t n) {
-    constexpr int64_t line = 64 / sizeof(T);
-    const int64_t blocks = larger<int64_t>(1, groups * ((depth + block_depth - 1) / block_depth));
-    fetch_elements = round_up((elements + n * blocks - 1) / (n * blocks), line);
-    fetch = next + i * blocks * fetch_elements;
-    if (i * blocks * fetch_elements >= elements) fetch_elements = 0;
+  // The share of tile i in `elements` from `next` on.
+  void fetch_part(const T* next, int64_t elements, int64_t i) {
+    const int64_t blocks = groups * ((depth + block_depth - 1) / block_depth);
+    const int64_t at = i * blocks * ((block_depth + 1) / 2) * line;
+    fetch = at < elements ? next + at : nullptr;
   }
 };
 
@@ -151,8 +150,10 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
     for (int64_t left = product.depth; left > 0; left -= block_depth, a_block += product.a_block_stride) {
       const T* a = a_block;
       int64_t k = smaller(left, block_depth);
-      for (int64_t i = 0; i < product.fetch_elements; i += int64_t(64 / sizeof(T))) __builtin_prefetch(fetch + i, 0, 2);
-      fetch += product.fetch_elements;
+      if (RowStride == V::width && fetch != nullptr) {
+        FASTSEP_UNROLL
+        for (int i = 0; i < (V::width + 1) / 2; ++i, fetch += product.line) __builtin_prefetch(fetch, 0, 2);
+      }
       for (; k >= step; k -= step, a += step * a_stride, b += step * b_stride)
         multiply_step<V, Rows, Columns, RowStride, step>(a, a_stride, b, b_stride, acc);
       for (; step > 1 && k > 0; --k, a += a_stride, b += b_stride)
