@@ -55,7 +55,8 @@ Unchanged::Unchanged(const py::list& held, const py::list& partly, const py::lis
   for (const bool part : {false, true})
     for (const py::handle dict : part ? partly : held) {
       const size_t first = values_.size();
-      FASTSEP_LOCKED(dict.ptr(), append_values(checked_dict(dict)));
+      checked_dict(dict);  // not under the lock, which an exception would leave closed
+      FASTSEP_LOCKED(dict.ptr(), append_values(dict));
       dicts_.push_back({dict, first, values_.size() - first, part});
       add_lines_of_dict(dict);
     }
