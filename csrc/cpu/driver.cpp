@@ -12,6 +12,9 @@ constexpr int64_t tile_bytes = 256 * 1024;
 // 2 % over 256 KB, and no more at 512.
 constexpr int64_t band_bytes = 384 * 1024;
 
+// What it costs to send all threads off once more and wait for them, some 3 us, in multiply-adds of all of them.
+constexpr double pass_products = 200e3;
+
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -43,6 +46,40 @@ void share_out(int threads, ForwardPlan* plan) {
   }
 }
 
+// The same in two passes, where they cost less than `row_cost` rows: no row of e is computed twice, and each thread
+// reads a part of the weights. The halves are taken for equal, as they are in inverted residuals.
+void partition_channels(const Kernel& kernel, int threads, double row_cost, ForwardPlan* plan) {
+  const Problem& p = plan->problem;
+  const int64_t element = p.dtype == Dtype::f32 ? 4 : 8, panel = kernel.shape.vector * kernel.shape.columns;
+  const int64_t pixels = plan->out_height * plan->out_width, groups = divide_up(pixels, kernel.shape.rows);
+  const int64_t channel_tiles = least(plan->layout.expand_panels, threads / p.batch);
+  const int64_t bytes = element * (plan->layout.padded_channels * pixels / channel_tiles +
+                                   (expansion_depth(p) + panel) * p.height * p.width);
+  if (bytes > 2 * band_bytes) return;
+
+  // Of a part of n, the share that the slowest thread has.
+  const auto share = [&](int64_t tiles, int64_t panels) {
+    return static_cast<double>(divide_up(p.batch * tiles, threads) * divide_up(panels, tiles)) /
+           static_cast<double>(panels);
+  };
+  const double products = static_cast<double>(p.height * p.width * expansion_depth(p) * p.channels +
+                                              pixels * p.channels * (p.kernel_h * p.kernel_w + p.out_channels));
+  const double height = static_cast<double>(plan->out_height);
+  const double first = share(channel_tiles, plan->layout.expand_panels) / 2 + pass_products / products;
+  for (int64_t panel_tiles = least(plan->layout.panels, threads); panel_tiles > 0; --panel_tiles) {
+    const int64_t group_tiles = most(1, least(groups, threads / (p.batch * panel_tiles)));
+    const int64_t units = divide_up(p.batch * panel_tiles * group_tiles, threads);
+    const double second =
+        static_cast<double>(units * divide_up(plan->layout.panels, panel_tiles) * divide_up(groups, group_tiles)) /
+        static_cast<double>(plan->layout.panels * groups) / 2;
+    if (height * (first + second) >= row_cost) continue;
+    row_cost = height * (first + second);
+    plan->channel_tiles = channel_tiles;
+    plan->panel_tiles = panel_tiles;
+    plan->row_tiles = group_tiles;
+  }
+}
+
 // With an expansion a tile is many rows of one image, worked on in bands: a tile's first rows of e are computed a
 // second time, so there are no more tiles than keep the threads busy.
 void partition_expanded(const Kernel& kernel, int threads, ForwardPlan* plan) {
@@ -65,7 +102,9 @@ void partition_expanded(const Kernel& kernel, int threads, ForwardPlan* plan) {
       plan->row_tiles = row_tiles;
     }
   }
-  plan->band_rows = least(plan->band_rows, divide_up(plan->out_height, plan->row_tiles));
+  if (p.out_channels > 0 && p.batch > 0 && p.batch < threads) partition_channels(kernel, threads, least_cost, plan);
+  plan->band_rows =
+      plan->channel_tiles > 0 ? plan->out_height : least(plan->band_rows, divide_up(plan->out_height, plan->row_tiles));
 }
 
 // How the work is cut. It depends on the number of threads, but no sum does: a tile's border changes which pixels are
@@ -93,6 +132,7 @@ void partition(const Kernel& kernel, int threads, ForwardPlan* plan) {
   plan->scratch_bytes = kernel.scratch_bytes(*plan, divide_up(plan->out_height, plan->row_tiles),
                                              divide_up(plan->out_width, plan->column_tiles));
   plan->scratch_bytes = whole_cache_lines(plan->scratch_bytes);
+  if (plan->channel_tiles > 0) plan->shared_bytes = whole_cache_lines(kernel.shared_bytes(*plan));
 }
 
 ForwardPlan make_plan(const Problem& problem, const Kernel& kernel, int threads) {
@@ -107,7 +147,8 @@ ForwardPlan make_plan(const Problem& problem, const Kernel& kernel, int threads)
 
 struct Job {
   const ForwardPlan* plan;
-  const Kernel* kernel;
+  void (*work)(const ForwardPlan& plan, const Tile& tile, void* scratch);
+  Tile (*tile_of)(const ForwardPlan& plan, int64_t unit);
   int64_t units, slots;
   char* workspace;
 };
@@ -127,6 +168,21 @@ Tile tile_of(const ForwardPlan& plan, int64_t unit) {
   tile.column_end = part(plan.out_width, plan.column_tiles, column + 1);
   tile.panel_begin = part(plan.layout.panels, plan.panel_tiles, k);
   tile.panel_end = part(plan.layout.panels, plan.panel_tiles, k + 1);
+  tile.row_tile = row;
+  tile.channel_begin = 0;
+  tile.channel_end = plan.layout.expand_panels;
+  return tile;
+}
+
+// Of the first of two passes.
+Tile channels_of(const ForwardPlan& plan, int64_t unit) {
+  Tile tile = {};
+  tile.image = unit / plan.channel_tiles;
+  tile.row_end = plan.out_height;
+  tile.column_end = plan.out_width;
+  const int64_t k = unit % plan.channel_tiles;
+  tile.channel_begin = plan.layout.expand_panels * k / plan.channel_tiles;
+  tile.channel_end = plan.layout.expand_panels * (k + 1) / plan.channel_tiles;
   return tile;
 }
 
@@ -136,7 +192,7 @@ void run_slot(void* context, int64_t slot) {
   char* scratch = job.workspace + slot * job.plan->scratch_bytes;
   const int64_t end = job.units * (slot + 1) / job.slots;
   for (int64_t unit = job.units * slot / job.slots; unit < end; ++unit)
-    job.kernel->forward_tile(*job.plan, tile_of(*job.plan, unit), scratch);
+    job.work(*job.plan, job.tile_of(*job.plan, unit), scratch);
 }
 
 }  // namespace
@@ -148,7 +204,8 @@ void run_on(const Executor& executor, int64_t count, void (*body)(void*, int64_t
 }
 
 size_t scratch_size(const Problem& problem, const Kernel& kernel, int threads) {
-  return static_cast<size_t>(make_plan(problem, kernel, threads).scratch_bytes * threads);
+  const ForwardPlan plan = make_plan(problem, kernel, threads);
+  return static_cast<size_t>(plan.scratch_bytes * threads + plan.shared_bytes * problem.batch);
 }
 
 void run_forward(const Problem& problem, const Kernel& kernel, const Inputs& inputs, const void* packed, void* output,
@@ -159,10 +216,13 @@ void run_forward(const Problem& problem, const Kernel& kernel, const Inputs& inp
   plan.residual = inputs.residual != nullptr ? inputs.residual : inputs.x;
   plan.packed = packed_weights(packed);
   plan.output = output;
-  Job job = {&plan, &kernel, problem.batch * plan.row_tiles * plan.column_tiles * plan.panel_tiles, executor.threads,
-             static_cast<char*>(workspace)};
-  if (job.units < job.slots) job.slots = job.units;
-  run_on(executor, job.slots, run_slot, &job);
+  plan.shared = static_cast<char*>(workspace) + plan.scratch_bytes * executor.threads;
+  const auto run = [&](auto work, auto tile_of, int64_t units) {
+    Job job = {&plan, work, tile_of, units, least(units, executor.threads), static_cast<char*>(workspace)};
+    run_on(executor, job.slots, run_slot, &job);
+  };
+  if (plan.channel_tiles > 0) run(kernel.forward_channels, channels_of, problem.batch * plan.channel_tiles);
+  run(kernel.forward_tile, tile_of, problem.batch * plan.row_tiles * plan.column_tiles * plan.panel_tiles);
 }
 
 }  // namespace fastsep

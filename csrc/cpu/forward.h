@@ -18,6 +18,16 @@ int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
 }
 
 template <class V, class Shape>
+int64_t shared_bytes(const ForwardPlan& plan) {
+  return ForwardExpanded<V, Shape>::shared_bytes(plan);
+}
+
+template <class V, class Shape>
+void forward_channels(const ForwardPlan& plan, const Tile& tile, void* scratch) {
+  ForwardExpanded<V, Shape>::run_channels(plan, tile, static_cast<typename V::T*>(scratch));
+}
+
+template <class V, class Shape>
 void forward_tile(const ForwardPlan& plan, const Tile& tile, void* scratch) {
   auto* elements = static_cast<typename V::T*>(scratch);
   if (plan.problem.expand.channels > 0)
@@ -65,7 +75,9 @@ FASTSEP_NOINLINE double fma_chain(int64_t rounds) {
       Dtype::dtype_,                                                                                                   \
       {isa_::Vec<element>::width, Shape::rows, Shape::columns, Shape::planar_rows, Shape::planar_columns, Shape::run}, \
       isa_::scratch_bytes<isa_::Vec<element>, Shape>,                                                                  \
+      isa_::shared_bytes<isa_::Vec<element>, Shape>,                                                                   \
       isa_::forward_tile<isa_::Vec<element>, Shape>,                                                                   \
+      isa_::forward_channels<isa_::Vec<element>, Shape>,                                                               \
       isa_::backward_scratch_bytes<isa_::Vec<element>, Shape>,                                                         \
       isa_::backward_work<isa_::Vec<element>, Shape>,                                                                  \
       isa_::finish_depthwise<isa_::Vec<element>, Shape>,                                                               \

@@ -26,6 +26,7 @@ struct ForwardChannelsLast {
     int64_t runs, run_pixels, per_run;
     int64_t begin(int64_t group) const { return cut(run_pixels, per_run, group); }
     int64_t pixels() const { return runs * run_pixels; }
+    int64_t count() const { return runs * per_run; }
   };
 
   static Groups groups_of(const ForwardPlan& plan, int64_t rows, int64_t columns) {
@@ -181,9 +182,15 @@ struct ForwardChannelsLast {
   // From the finished groups, after their activation, to the output.
   static void pointwise_tile(const ForwardPlan& plan, const Tile& tile, const Groups& groups, T* scratch) {
     const Problem& p = plan.problem;
-    const int64_t elements = group_elements(plan);
-    if (!is_clamp(p.mid_activation)) activate<V>(p.mid_activation, scratch, groups.runs * groups.per_run * elements);
+    if (!is_clamp(p.mid_activation)) activate<V>(p.mid_activation, scratch, groups.count() * group_elements(plan));
+    pointwise_groups(plan, tile, groups, scratch, 0, groups.count());
+  }
 
+  // Groups [group_begin, group_end) of those of the tile.
+  static void pointwise_groups(const ForwardPlan& plan, const Tile& tile, const Groups& groups, const T* scratch,
+                               int64_t group_begin, int64_t group_end) {
+    const Problem& p = plan.problem;
+    const int64_t elements = group_elements(plan);
     Product<T> product;
     product.groups = p.multiplier;
     product.depth = p.channels;
@@ -199,30 +206,29 @@ struct ForwardChannelsLast {
     const T* const summand = static_cast<const T*>(plan.residual);
     // A panel of weights stays in cache for all pixels of the tile, which ask for the next one, where they are many
     // enough to compute for as long as that takes.
-    const int64_t panel_elements = p.multiplier * p.channels * panel;
+    const int64_t panel_elements = p.multiplier * p.channels * panel, count = group_end - group_begin;
     for (int64_t k = tile.panel_begin; k < tile.panel_end; ++k) {
       product.b = packed<T>(plan, plan.layout.pointwise) + k * panel_elements;
-      const bool fetches = k + 1 < tile.panel_end && groups.runs * groups.per_run > 1;
+      const bool fetches = k + 1 < tile.panel_end && count > 1;
       product.start = packed<T>(plan, plan.layout.bias) + k * panel;
       product.column_count = smaller<int64_t>(panel, p.out_channels - k * panel);
       const int64_t registers = (product.column_count + V::width - 1) / V::width;
-      product.a = scratch;
-      for (int64_t r = 0; r < groups.runs; ++r) {
+      product.a = scratch + group_begin * elements;
+      for (int64_t i = group_begin; i < group_end; ++i, product.a += elements) {
+        const int64_t r = i / groups.per_run, g = i % groups.per_run;
+        const int64_t begin = groups.begin(g), pixels = groups.begin(g + 1) - begin;
         T* row = image + ((tile.row_begin + r) * plan.out_width + tile.column_begin) * p.out_channels + k * panel;
-        for (int64_t g = 0; g < groups.per_run; ++g, product.a += elements) {
-          const int64_t begin = groups.begin(g), pixels = groups.begin(g + 1) - begin;
-          product.c = row + begin * p.out_channels;
-          if (fetches) product.fetch_part(product.b + panel_elements, panel_elements, r * groups.per_run + g);
-          // It has the output's shape, and is added behind the activation: here, where that is no clamp.
-          const T* residual = p.residual ? summand + (product.c - static_cast<T*>(plan.output)) : nullptr;
-          if (is_clamp(p.activation)) product.add = residual;
-          multiply<V, Rows, Columns, V::width>(product, pixels, registers);
-          if (is_clamp(p.activation)) continue;
-          for (int64_t i = 0; i < pixels; ++i) {
-            activate<V>(p.activation, product.c + i * product.c_stride, product.column_count);
-            if (p.residual)
-              add_row(residual + i * p.out_channels, product.column_count, product.c + i * p.out_channels);
-          }
+        product.c = row + begin * p.out_channels;
+        if (fetches) product.fetch_part(product.b + panel_elements, panel_elements, i - group_begin);
+        // It has the output's shape, and is added behind the activation: here, where that is no clamp.
+        const T* residual = p.residual ? summand + (product.c - static_cast<T*>(plan.output)) : nullptr;
+        if (is_clamp(p.activation)) product.add = residual;
+        multiply<V, Rows, Columns, V::width>(product, pixels, registers);
+        if (is_clamp(p.activation)) continue;
+        for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+          activate<V>(p.activation, product.c + pixel * product.c_stride, product.column_count);
+          if (p.residual)
+            add_row(residual + pixel * p.out_channels, product.column_count, product.c + pixel * p.out_channels);
         }
       }
     }

@@ -36,7 +36,7 @@ struct ForwardExpanded {
     const int64_t reach = (p.kernel_h - 1) * p.dilation_h + 1;
     Layout layout;
     layout.rows = smaller(p.height, (plan.band_rows - 1) * p.stride_h + reach);
-    layout.kept_rows = smaller(p.height, larger<int64_t>(0, reach - p.stride_h));
+    layout.kept_rows = plan.channel_tiles > 0 ? 0 : smaller(p.height, larger<int64_t>(0, reach - p.stride_h));
     layout.blocks = (expansion_depth(p) + V::width - 1) / V::width;
     layout.by_rows = p.expand.channels * p.expand.stride_w == image_stride;
     layout.row_length = ((p.width - 1) * p.expand.stride_w + p.expand.kernel_w) * p.expand.channels;
@@ -47,8 +47,15 @@ struct ForwardExpanded {
       layout.buffer = (layout.rows * p.width + Rows - 1) / Rows * layout.blocks * block;
     layout.kept = layout.buffer + layout.rows * p.width * panel;
     layout.groups = layout.kept + plan.layout.expand_panels * layout.kept_rows * p.width * panel;
-    layout.total = layout.groups + Plain::scratch_bytes(plan, plan.band_rows, plan.out_width) / int64_t(sizeof(T));
+    // In the first of two passes the groups are elsewhere, and here is only where their pixels are.
+    const int64_t groups_bytes = plan.channel_tiles > 0 ? plan.out_height * plan.out_width * int64_t(sizeof(int64_t))
+                                                        : Plain::scratch_bytes(plan, plan.band_rows, plan.out_width);
+    layout.total = layout.groups + groups_bytes / int64_t(sizeof(T));
     return layout;
+  }
+
+  static int64_t shared_bytes(const ForwardPlan& plan) {
+    return Plain::scratch_bytes(plan, plan.out_height, plan.out_width);
   }
 
   static int64_t scratch_bytes(const ForwardPlan& plan) { return layout_of(plan).total * int64_t(sizeof(T)); }
@@ -66,8 +73,38 @@ struct ForwardExpanded {
     return {first, larger(first, smaller(p.height, bottom))};
   }
 
+  // The first of two passes: some channels of the depthwise output of an image, in the groups that all channels share.
+  static void run_channels(const ForwardPlan& plan, const Tile& tile, T* scratch) {
+    const Problem& p = plan.problem;
+    const Layout layout = layout_of(plan);
+    const auto groups = Plain::groups_of(plan, plan.out_height, plan.out_width);
+    const Interval seen = seen_by(p, 0, plan.out_height);
+    int64_t* const place = reinterpret_cast<int64_t*>(scratch + layout.groups);
+    Plain::place_pixels(plan, groups, place);
+    T* const shared = shared_of(plan, tile.image);
+    run_panels(plan, tile, layout, {seen, {seen.begin, seen.begin}, {seen.end, seen.end}}, place, shared, scratch);
+    if (is_clamp(p.mid_activation)) return;
+    const int64_t begin = tile.channel_begin * panel;
+    const int64_t end = smaller(plan.layout.padded_channels, tile.channel_end * panel);
+    for (int64_t g = 0; g < groups.count(); ++g)
+      activate<V>(p.mid_activation, shared + g * Plain::group_elements(plan) + begin * Rows, (end - begin) * Rows);
+  }
+
+  static T* shared_of(const ForwardPlan& plan, int64_t image) {
+    return reinterpret_cast<T*>(static_cast<char*>(plan.shared) + image * plan.shared_bytes);
+  }
+
   static void run(const ForwardPlan& plan, const Tile& tile, T* scratch) {
     const Problem& p = plan.problem;
+    if (plan.channel_tiles > 0) {
+      Tile image = tile;
+      image.row_begin = 0;
+      image.row_end = plan.out_height;
+      const auto groups = Plain::groups_of(plan, plan.out_height, plan.out_width);
+      return Plain::pointwise_groups(plan, image, groups, shared_of(plan, tile.image),
+                                     cut(groups.count(), plan.row_tiles, tile.row_tile),
+                                     cut(groups.count(), plan.row_tiles, tile.row_tile + 1));
+    }
     const Layout layout = layout_of(plan);
     const int64_t rows = tile.row_end - tile.row_begin, bands = (rows + plan.band_rows - 1) / plan.band_rows;
     Interval kept = {0, 0};
@@ -79,25 +116,44 @@ struct ForwardExpanded {
       Interval next = {seen.end, seen.end};
       if (i + 1 < bands) next.begin = smaller(seen.end, seen_by(p, band.row_end, band.row_end + 1).begin);
       if (kept.begin != seen.begin) kept = {seen.begin, seen.begin};
-      run_band(plan, band, layout, seen, kept, next, scratch);
+      run_band(plan, band, layout, {seen, kept, next}, scratch);
       kept = next;
     }
   }
 
-  // `kept` rows of e are there, from the first that the band sees on; `next` ones are to be kept.
-  static void run_band(const ForwardPlan& plan, const Tile& band, const Layout& layout, const Interval& seen,
-                       const Interval& kept, const Interval& next, T* scratch) {
+  // `seen` rows of e are what a band needs; `kept` ones are there, from the first of them on; `next` ones are to be
+  // kept.
+  struct BandRows {
+    Interval seen, kept, next;
+  };
+
+  static void run_band(const ForwardPlan& plan, const Tile& band, const Layout& layout, const BandRows& rows,
+                       T* scratch) {
     const Problem& p = plan.problem;
     const auto groups = Plain::groups_of(plan, band.row_end - band.row_begin, plan.out_width);
+    T* const depthwise = scratch + layout.groups;
+    run_panels(plan, band, layout, rows, place_pixels(plan, groups, depthwise), depthwise, scratch);
+    if (p.out_channels > 0) return Plain::pointwise_tile(plan, band, groups, depthwise);
+    if (is_clamp(p.mid_activation)) return;
+    T* const output = output_row(plan, band, band.row_begin);
+    activate<V>(p.mid_activation, output, (band.row_end - band.row_begin) * plan.out_width * p.channels);
+  }
+
+  // The panels of channels of the band's depthwise output, to the groups at `depthwise`, if that is not the end.
+  static void run_panels(const ForwardPlan& plan, const Tile& band, const Layout& layout, const BandRows& rows,
+                         const int64_t* place, T* depthwise, T* scratch) {
+    const Problem& p = plan.problem;
+    const auto groups = Plain::groups_of(plan, band.row_end - band.row_begin, plan.out_width);
+    const Interval seen = rows.seen, kept = rows.kept, next = rows.next;
     const int64_t row_elements = p.width * panel;
     T* const buffer = scratch + layout.buffer;
-    const int64_t* const place = place_pixels(plan, groups, scratch + layout.groups);
     const T* const input = input_of(plan, band.image, {kept.end, seen.end}, layout, scratch + layout.input);
-    for (int64_t q = 0; q < plan.layout.expand_panels; ++q) {
+    for (int64_t q = band.channel_begin; q < band.channel_end; ++q) {
       const int64_t channel = q * panel, channels = smaller<int64_t>(panel, p.channels - channel);
       T* const keep = scratch + layout.kept + q * layout.kept_rows * row_elements;
       memcpy(buffer, keep, static_cast<size_t>((kept.end - kept.begin) * row_elements) * sizeof(T));
-      Panel e(plan, q, channels, layout, input, kept.end, buffer + (kept.end - seen.begin) * row_elements);
+      Panel e(plan, q, q + 1 < band.channel_end, channels, layout, input, kept.end,
+              buffer + (kept.end - seen.begin) * row_elements);
 
       ChannelsLastRow<T> row(window_of<T>(p, buffer - seen.begin * row_elements, row_elements, panel, channels));
       row.weight = packed<T>(plan, plan.layout.depthwise_channels_last) + channel;
@@ -109,15 +165,11 @@ struct ForwardExpanded {
       if (p.out_channels == 0)
         depthwise_to_output(plan, band, channel, row, place, before);
       else
-        Plain::depthwise_tile(plan, band, groups, row, place, scratch + layout.groups + channel * Rows, before);
+        Plain::depthwise_tile(plan, band, groups, row, place, depthwise + channel * Rows, before);
       e.make(seen.end, seen.end);
       memcpy(keep, buffer + (next.begin - seen.begin) * row_elements,
              static_cast<size_t>((next.end - next.begin) * row_elements) * sizeof(T));
     }
-    if (p.out_channels > 0) return Plain::pointwise_tile(plan, band, groups, scratch + layout.groups);
-    if (is_clamp(p.mid_activation)) return;
-    T* const output = output_row(plan, band, band.row_begin);
-    activate<V>(p.mid_activation, output, (band.row_end - band.row_begin) * plan.out_width * p.channels);
   }
 
   // Where the depthwise half is the end: row oy of the output.
@@ -265,15 +317,15 @@ struct ForwardExpanded {
     int64_t made = 0;  // pixels of e
     Product<T> product = {};
 
-    Panel(const ForwardPlan& plan_, int64_t q, int64_t channels_, const Layout& layout_, const T* input_,
-          int64_t first_row_, T* e_)
+    Panel(const ForwardPlan& plan_, int64_t q, bool has_next_, int64_t channels_, const Layout& layout_,
+          const T* input_, int64_t first_row_, T* e_)
         : plan(plan_),
           layout(layout_),
           input(input_),
           e(e_),
           first_row(first_row_),
           channels(channels_),
-          has_next(q + 1 < plan_.layout.expand_panels) {
+          has_next(has_next_) {
       const Problem& p = plan.problem;
       product.groups = 1;
       product.depth = expansion_depth(p);

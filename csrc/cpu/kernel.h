@@ -47,8 +47,14 @@ struct ForwardPlan {
   // The plane is cut into row_tiles x column_tiles, the panels into panel_tiles; tile i of n covers
   // [i * size / n, (i + 1) * size / n).
   int64_t row_tiles, column_tiles, panel_tiles;
-  int64_t band_rows;      // with an expansion: output rows of a tile worked on at a time
+  int64_t band_rows;  // with an expansion: output rows of a tile worked on at a time
+  // With an expansion: in how many parts of the expanded channels a first pass makes the depthwise output of all
+  // pixels, in `shared`; 0 for one pass, in which each tile makes what it needs. Behind a first pass row_tiles are not
+  // of rows, but of the product's groups of pixels.
+  int64_t channel_tiles;
   int64_t scratch_bytes;  // of one tile
+  int64_t shared_bytes;   // of one image
+  void* shared;
 };
 
 // One unit of work: some output pixels of one image, and some panels of output channels.
@@ -56,6 +62,8 @@ struct Tile {
   int64_t image;
   int64_t row_begin, row_end, column_begin, column_end;
   int64_t panel_begin, panel_end;
+  int64_t row_tile;                    // its number among the row_tiles
+  int64_t channel_begin, channel_end;  // panels of expanded channels, in the first of two passes
 };
 
 // The packed weights of the backward pass, channels numbered and padded as in PackedLayout.
@@ -116,7 +124,11 @@ struct Kernel {
   KernelShape shape;
   // Scratch that forward_tile needs for a tile of at most rows x columns pixels, in bytes.
   int64_t (*scratch_bytes)(const ForwardPlan& plan, int64_t rows, int64_t columns);
+  // What two passes share, of one image.
+  int64_t (*shared_bytes)(const ForwardPlan& plan);
   void (*forward_tile)(const ForwardPlan& plan, const Tile& tile, void* scratch);
+  // The first of two passes.
+  void (*forward_channels)(const ForwardPlan& plan, const Tile& tile, void* scratch);
   // Scratch for backward_work() with that many panels, in bytes.
   int64_t (*backward_scratch_bytes)(const BackwardPlan& plan, int64_t panels);
   // The input's gradient, and the sums of the parts.
