@@ -47,33 +47,33 @@ void share_out(int threads, ForwardPlan* plan) {
 }
 
 // The same in two passes, where they cost less than `row_cost` rows: no row of e is computed twice, and each thread
-// reads a part of the weights. The halves are taken for equal, as they are in inverted residuals.
+// reads a part of the weights. Each thread has one tile of each pass. The two are taken for equal, as they are in
+// inverted residuals.
 void partition_channels(const Kernel& kernel, int threads, double row_cost, ForwardPlan* plan) {
   const Problem& p = plan->problem;
   const int64_t element = p.dtype == Dtype::f32 ? 4 : 8, panel = kernel.shape.vector * kernel.shape.columns;
-  const int64_t pixels = plan->out_height * plan->out_width, groups = divide_up(pixels, kernel.shape.rows);
-  const int64_t channel_tiles = least(plan->layout.expand_panels, threads / p.batch);
+  const int64_t pixels = plan->out_height * plan->out_width, tiles = p.batch > 0 ? threads / p.batch : 0;
+  if (tiles < 2 || pixels == 0 || p.channels == 0 || p.out_channels == 0) return;
+  const int64_t channel_tiles = least(plan->layout.expand_panels, tiles);
+  // What a thread has of the depthwise output, and x and a panel of e.
   const int64_t bytes = element * (plan->layout.padded_channels * pixels / channel_tiles +
                                    (expansion_depth(p) + panel) * p.height * p.width);
   if (bytes > 2 * band_bytes) return;
 
-  // Of a part of n, the share that the slowest thread has.
-  const auto share = [&](int64_t tiles, int64_t panels) {
-    return static_cast<double>(divide_up(p.batch * tiles, threads) * divide_up(panels, tiles)) /
-           static_cast<double>(panels);
+  // What the slowest thread has of n.
+  const auto share = [](int64_t n, int64_t parts) {
+    return static_cast<double>(divide_up(n, parts)) / static_cast<double>(n);
   };
+  const int64_t groups = divide_up(pixels, kernel.shape.rows);
   const double products = static_cast<double>(p.height * p.width * expansion_depth(p) * p.channels +
                                               pixels * p.channels * (p.kernel_h * p.kernel_w + p.out_channels));
-  const double height = static_cast<double>(plan->out_height);
-  const double first = share(channel_tiles, plan->layout.expand_panels) / 2 + pass_products / products;
-  for (int64_t panel_tiles = least(plan->layout.panels, threads); panel_tiles > 0; --panel_tiles) {
-    const int64_t group_tiles = most(1, least(groups, threads / (p.batch * panel_tiles)));
-    const int64_t units = divide_up(p.batch * panel_tiles * group_tiles, threads);
-    const double second =
-        static_cast<double>(units * divide_up(plan->layout.panels, panel_tiles) * divide_up(groups, group_tiles)) /
-        static_cast<double>(plan->layout.panels * groups) / 2;
-    if (height * (first + second) >= row_cost) continue;
-    row_cost = height * (first + second);
+  for (int64_t panel_tiles = least(plan->layout.panels, tiles); panel_tiles > 0; --panel_tiles) {
+    const int64_t group_tiles = least(groups, tiles / panel_tiles);
+    const double first = share(plan->layout.expand_panels, channel_tiles);
+    const double second = share(plan->layout.panels, panel_tiles) * share(groups, group_tiles);
+    const double cost = static_cast<double>(plan->out_height) * ((first + second) / 2 + pass_products / products);
+    if (cost >= row_cost) continue;
+    row_cost = cost;
     plan->channel_tiles = channel_tiles;
     plan->panel_tiles = panel_tiles;
     plan->row_tiles = group_tiles;
@@ -102,7 +102,7 @@ void partition_expanded(const Kernel& kernel, int threads, ForwardPlan* plan) {
       plan->row_tiles = row_tiles;
     }
   }
-  if (p.out_channels > 0 && p.batch > 0 && p.batch < threads) partition_channels(kernel, threads, least_cost, plan);
+  partition_channels(kernel, threads, least_cost, plan);
   plan->band_rows =
       plan->channel_tiles > 0 ? plan->out_height : least(plan->band_rows, divide_up(plan->out_height, plan->row_tiles));
 }
