@@ -2,7 +2,9 @@
 // * between guard pages, tight at the end and at the beginning, at addresses aligned to one element only;
 // * into an output filled with NaN;
 // * small integers equal to the oracle to the bit, random numbers within a bound on the rounding of sums;
-// * equal to the bit for 1, 2, 3 and 7 threads, and for packed and plain weights.
+// * equal to the bit for 1, 2, 3 and 7 threads, and for packed and plain weights;
+// * in two passes where the case says so.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <iostream>
@@ -16,6 +18,19 @@ namespace {
 
 using namespace fastsep;
 
+// Another executor, and how often it was used.
+struct Counted {
+  Executor executor;
+  int64_t runs = 0;
+
+  Executor get() { return {executor.threads, executor.run == nullptr ? nullptr : run, this}; }
+  static void run(void* state, int64_t count, void (*body)(void*, int64_t), void* context) {
+    Counted& self = *static_cast<Counted*>(state);
+    ++self.runs;
+    self.executor.run(self.executor.state, count, body, context);
+  }
+};
+
 template <class T>
 struct Run {
   const Kernel& kernel;
@@ -24,20 +39,23 @@ struct Run {
   bool integers;
   Tight tight;
   Numbers<T> numbers{integers, tight};
+  int64_t passes = 0;  // the most that a forward had of packed weights
 
   int64_t channels() const { return p.out_channels > 0 ? p.out_channels : p.channels * p.multiplier; }
   int64_t output_size() const { return p.batch * channels() * out_height(p) * out_width(p); }
 
   bool forward_on(int threads, const Inputs& input, const Weights& weights, const void* packed, size_t packed_size,
-                  void* output) const {
+                  void* output) {
     set_num_threads(threads);
-    const Executor executor = current_executor();
+    Counted counted = {current_executor()};
+    const Executor executor = counted.get();
     size_t bytes = 0;
     if (workspace_bytes(p, kernel.isa, executor.threads, packed == nullptr, &bytes) != Status::ok) return false;
     const Guarded workspace = spoilt_workspace(bytes, tight);
     const Status status =
         packed == nullptr ? forward_unpacked(p, kernel.isa, input, weights, output, workspace.as(), bytes, executor)
                           : forward(p, kernel.isa, input, packed, packed_size, output, workspace.as(), bytes, executor);
+    if (packed != nullptr) passes = std::max(passes, counted.runs);
     return status == Status::ok;
   }
 
@@ -98,6 +116,8 @@ struct Run {
       expect(std::memcmp(output.as(), again.as(), static_cast<size_t>(output_size()) * sizeof(T)) == 0, kernel, c, p,
              std::to_string(threads) + " threads give other bits");
     }
+    if (p.out_channels > 0 && c.line.find("name=two_passes") != std::string::npos)
+      expect(passes == 2, kernel, c, p, "no number of threads took two passes");
   }
 };
 
