@@ -121,7 +121,11 @@ bool Unchanged::is_same(const Dict& known) const {
 
 bool Unchanged::is_same(const Slot& known) {
   PyObject* const value = PyDict_GetItemWithError(known.dict.ptr(), known.name.ptr());
-  if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  // Nothing is raised while the dict is locked: whatever went wrong, the slow way will meet it again.
+  if (value == nullptr && PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
   return value == known.value.ptr();
 }
 
