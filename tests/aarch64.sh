@@ -28,7 +28,7 @@ done
 # An apt of its own: this machine's packages and architectures stay as they are.
 unpack_python() {
   local apt=$folder/apt
-  mkdir -p "$apt"/{lists/partial,cache/archives/partial} "$folder/root"
+  mkdir -p "$apt"/{lists/partial,cache/archives/partial} "$folder/sysroot"
   : >"$apt/status"
   cat >"$apt/sources.list" <<'SOURCES'
 deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian bookworm main
@@ -49,7 +49,7 @@ CONF
   apt-get update -qq
   apt-get install -qq -y --download-only python3.11 libpython3.11-dev libstdc++6 libgomp1
   unset APT_CONFIG
-  for package in "$apt"/cache/archives/*.deb; do dpkg-deb -x "$package" "$folder/root"; done
+  for package in "$apt"/cache/archives/*.deb; do dpkg-deb -x "$package" "$folder/sysroot"; done
 }
 
 # The versions of the other packages are those of constraints.txt.
@@ -74,7 +74,7 @@ install_wheels() {
 }
 
 build_fastsep() {
-  local include=$folder/root/usr/include
+  local include=$folder/sysroot/usr/include
   rm -rf "$folder/fastsep"
   PATH=$folder/host/bin:$PATH _PYTHON_HOST_PLATFORM=linux-aarch64 CXX=aarch64-linux-gnu-g++ \
     CMAKE_ARGS="-DFASTSEP_CUDA=OFF \
@@ -91,14 +91,14 @@ emulated_python() {
   mkdir -p "$folder/bin"
   cat >"$folder/bin/python" <<COMMAND
 #!/bin/sh
-exec qemu-aarch64-static -cpu neoverse-n1 -L '$folder/root' '$folder/root/usr/bin/python3.11' "\$@"
+exec qemu-aarch64-static -cpu neoverse-n1 -L '$folder/sysroot' '$folder/sysroot/usr/bin/python3.11' "\$@"
 COMMAND
   chmod +x "$folder/bin/python"
   PATH=$folder/bin:$PATH PYTHONPATH=$folder/fastsep:$folder/site PYTHONDONTWRITEBYTECODE=1 python "$@"
 }
 
 begin=$SECONDS
-[ -e "$folder/root/usr/bin/python3.11" ] || unpack_python
+[ -e "$folder/sysroot/usr/bin/python3.11" ] || unpack_python
 wanted | cmp -s - "$folder/site/wanted.txt" || install_wheels
 echo "Python and its packages: $((SECONDS - begin)) s"
 begin=$SECONDS

@@ -157,7 +157,6 @@ struct Job {
 };
 
 Tile tile_of(const ForwardPlan& plan, int64_t unit) {
-  const auto part = [](int64_t size, int64_t parts, int64_t i) { return size * i / parts; };
   Tile tile;
   const int64_t k = unit % plan.panel_tiles;
   unit /= plan.panel_tiles;
@@ -184,8 +183,8 @@ Tile channels_of(const ForwardPlan& plan, int64_t unit) {
   tile.row_end = plan.out_height;
   tile.column_end = plan.out_width;
   const int64_t k = unit % plan.channel_tiles;
-  tile.channel_begin = plan.layout.expand_panels * k / plan.channel_tiles;
-  tile.channel_end = plan.layout.expand_panels * (k + 1) / plan.channel_tiles;
+  tile.channel_begin = part(plan.layout.expand_panels, plan.channel_tiles, k);
+  tile.channel_end = part(plan.layout.expand_panels, plan.channel_tiles, k + 1);
   return tile;
 }
 
@@ -193,8 +192,8 @@ Tile channels_of(const ForwardPlan& plan, int64_t unit) {
 void run_slot(void* context, int64_t slot) {
   const Job& job = *static_cast<const Job*>(context);
   char* scratch = job.workspace + slot * job.plan->scratch_bytes;
-  const int64_t end = job.units * (slot + 1) / job.slots;
-  for (int64_t unit = job.units * slot / job.slots; unit < end; ++unit)
+  const int64_t end = part(job.units, job.slots, slot + 1);
+  for (int64_t unit = part(job.units, job.slots, slot); unit < end; ++unit)
     job.work(*job.plan, job.tile_of(*job.plan, unit), scratch);
 }
 

@@ -8,6 +8,9 @@ namespace fastsep {
 // Rounded up, so that what follows begins with a line.
 inline int64_t whole_cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// Where the i-th of some parts of [0, size) begins.
+inline int64_t part(int64_t size, int64_t parts, int64_t i) { return size * i / parts; }
+
 PackedLayout packed_layout(const Problem& problem, const Kernel& kernel);
 
 // In bytes, multiples of 64. Packed weights begin with a header that says what they were made for.

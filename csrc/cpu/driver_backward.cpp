@@ -215,7 +215,6 @@ struct Job {
 
 void run_slot(void* context, int64_t slot) {
   const Job& job = *static_cast<const Job*>(context);
-  const auto part = [](int64_t size, int64_t parts, int64_t i) { return size * i / parts; };
   const int64_t panel = slot % job.grid.panel_slots, row = slot / job.grid.panel_slots;
   const BackwardWork work = {part(job.plan->parts, job.grid.part_slots, row),
                              part(job.plan->parts, job.grid.part_slots, row + 1),

@@ -57,7 +57,7 @@ struct ForwardChannelsLast {
   // Where the pixels of a tile stand in its groups.
   static void place_pixels(const ForwardPlan& plan, const Groups& groups, int64_t* place) {
     const int64_t elements = group_elements(plan);
-    for (int64_t g = 0; g < groups.runs * groups.per_run; ++g) {
+    for (int64_t g = 0; g < groups.count(); ++g) {
       const int64_t begin = groups.begin(g % groups.per_run), end = groups.begin(g % groups.per_run + 1);
       for (int64_t pixel = begin; pixel < end; ++pixel) *place++ = g * elements + (pixel - begin) * V::width;
     }
@@ -243,13 +243,13 @@ struct ForwardChannelsLast {
 
   // The table of place_pixels(), behind the groups.
   static int64_t* places_of(const ForwardPlan& plan, const Groups& groups, T* scratch) {
-    return reinterpret_cast<int64_t*>(scratch + groups.runs * groups.per_run * group_elements(plan));
+    return reinterpret_cast<int64_t*>(scratch + groups.count() * group_elements(plan));
   }
 
   // The copy of gate_of(), behind the table: in elements.
   static int64_t gate_at(const ForwardPlan& plan, const Groups& groups) {
     const int64_t table = groups.pixels() * int64_t(sizeof(int64_t) / sizeof(T));
-    return groups.runs * groups.per_run * group_elements(plan) + round_up(table, V::width);
+    return groups.count() * group_elements(plan) + round_up(table, V::width);
   }
 
   static int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
