@@ -14,9 +14,9 @@ inline void check(Status status) {
 
 // The fields in the order of fastsep/_core.pyi; not validated.
 inline Problem read_problem(const pybind11::tuple& fields) {
-  constexpr size_t count = 20, operands_count = 22, expanded_count = 32;
+  constexpr size_t count = 20, operands_count = 22, expanded_count = 33;
   if (fields.size() != count && fields.size() != operands_count && fields.size() != expanded_count)
-    throw pybind11::value_error("a problem has 20 fields, 22 with a residual and a gate, or 32 with an expansion");
+    throw pybind11::value_error("a problem has 20 fields, 22 with a residual and a gate, or 33 with an expansion");
   int64_t v[expanded_count] = {};
   for (size_t i = 0; i < fields.size(); ++i) v[i] = fields[i].cast<int64_t>();
   const auto number = [](int64_t value) {
@@ -40,6 +40,7 @@ inline Problem read_problem(const pybind11::tuple& fields) {
   p.expand.kernel_h = v[26], p.expand.kernel_w = v[27];
   p.expand.stride_h = v[28], p.expand.stride_w = v[29];
   p.expand.pad_top = v[30], p.expand.pad_left = v[31];
+  p.expand.planar = v[32] != 0;
   return p;
 }
 

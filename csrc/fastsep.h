@@ -27,7 +27,8 @@
 //
 // instead of x, which is [N, E, expand.height, expand.width]; outside the plane of e there is still nothing. A kernel
 // of 1 x 1 makes the inverted residual block of MobileNetV2, with x for a residual (E = K, same plane); a 3 x 3 of
-// stride 2 on three channels the first layers of most networks. For nhwc and m = 1, and forward only.
+// stride 2 on three channels the first layers of most networks, and there x may be NCHW, as images come: expand.planar.
+// For nhwc and m = 1, and forward only.
 //
 // The gradients, for g = dL/dy, with t without mid_act, u = mid_act(t), v = pointwise(u) + bias:
 //
@@ -90,6 +91,7 @@ struct Expansion {
   int64_t kernel_h, kernel_w;
   int64_t stride_h, stride_w;
   int64_t pad_top, pad_left;
+  bool planar;  // x is NCHW: of three channels, for a stride_w of 2
 };
 
 struct Problem {

@@ -53,7 +53,8 @@ const char* describe(Status status) {
     case Status::empty_output: return "the dilated kernel is larger than the padded input, so there is no output";
     case Status::overflow: return "a product of sizes does not fit in 64 bits";
     case Status::bad_enum: return "unknown dtype, layout or activation number, or one behind an absent pointwise half";
-    case Status::bad_expansion: return "an expansion needs channels-last and one filter per channel";
+    case Status::bad_expansion:
+      return "an expansion needs channels-last, one filter per channel, and of NCHW 3 channels by a stride of 2";
     case Status::bad_operand:
       return "a gate needs channels-last, one filter per channel, a kernel of 1 x 1 and a pointwise half; a residual "
              "channels-last, a pointwise half and, where it is the input, an output like it";
@@ -98,6 +99,7 @@ Status validate_expansion(const Problem& p) {
   for (int64_t size : {e.height, e.width, e.kernel_h, e.kernel_w, e.stride_h, e.stride_w})
     if (size < 1) return Status::bad_size;
   if (e.pad_top < 0 || e.pad_left < 0) return Status::bad_size;
+  if (e.planar && (e.channels != 3 || e.stride_w != 2)) return Status::bad_expansion;
   // The rows that the plane of e sees, and a vector behind; x; and the patches of the plane.
   const Checked rows = Checked(p.height).times(e.stride_h).plus(e.kernel_h).plus(e.pad_top).plus(e.height);
   const Checked columns = Checked(p.width).times(e.stride_w).plus(e.kernel_w).plus(e.pad_left).plus(e.width);

@@ -33,7 +33,7 @@ def last_isa() -> str:
 #   dtype (0 float32, 1 float64), layout (0 NCHW, 1 channels-last), mid_activation, activation
 # where there is more, residual and gate (0 or 1),
 # and with an expansion of that channels, activation, height, width, kernel_h, kernel_w, stride_h, stride_w,
-#   pad_top, pad_left.
+#   pad_top, pad_left, planar (1: the input is NCHW, of three channels by a stride of 2).
 # `isa` is a name, or "" for the best. Addresses are integers, 0 for a bias that is not there.
 # With out_channels = 0 a problem is the depthwise half alone: no pointwise_weight, bias or activation.
 # All raise ValueError for a problem that csrc/fastsep.h's validate() refuses.

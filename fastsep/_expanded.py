@@ -120,7 +120,7 @@ def compose(
 
 
 def native_problem(*args: Any) -> tuple[tuple[int, ...], tuple[int, int, int, int]]:
-    """The 32 integers of a call on a channels-last input (see _core.pyi), and the output's shape.
+    """The 33 integers of a call on a channels-last input (see _core.pyi), and the output's shape.
 
     RuntimeError that names a misfit.
     """
@@ -133,7 +133,7 @@ def native_problem(*args: Any) -> tuple[tuple[int, ...], tuple[int, int, int, in
         *(n, inner, *plane, 0 if args[3] is None else shape[1], 1, kh, kw, *stride, *dilation, *padding),
         *(_native.DTYPES[input.dtype], 1, ACTIVATIONS[mid].code, ACTIVATIONS[act].code),
         *(residual, 0, channels, ACTIVATIONS[expand].code, h, w, *expand_weight.shape[2:]),
-        *(*e_stride, e_padding[0], e_padding[2]),
+        *(*e_stride, e_padding[0], e_padding[2], 0),
     )
     return problem, shape
 

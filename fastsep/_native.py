@@ -153,7 +153,7 @@ def pack(
     problem: tuple[int, ...] = (*sizes, 1, 1, 1, 1, 0, 0, 0, 0, code, 0, 0, 0)
     if expand_weight is not None:
         _, channels, eh, ew = expand_weight.shape
-        expansion = channels, 0, eh, ew, eh, ew, 1, 1, 0, 0
+        expansion = channels, 0, eh, ew, eh, ew, 1, 1, 0, 0, 0
         problem = (1, inner, *problem[2:5], 1, *problem[6:17], 1, 0, 0, 0, 0, *expansion)
     size = core.packed_bytes(problem, "")
     room = torch.empty(size + 63, dtype=torch.uint8)

@@ -337,7 +337,7 @@ def test_native_operands():
         problem = (*plain[:index], value, *plain[index + 1 :], 0, 1)
         with pytest.raises(ValueError, match="a gate needs channels-last, one filter per channel"):
             core.packed_bytes(problem, "")
-    with pytest.raises(ValueError, match="20 fields, 22 with a residual and a gate, or 32"):
+    with pytest.raises(ValueError, match="20 fields, 22 with a residual and a gate, or 33"):
         core.packed_bytes((*plain, 0), "")
     weight, ones = torch.randn(8, 8), torch.ones(8)
     packed = torch.empty(core.packed_bytes(plain, "") + 63, dtype=torch.uint8)

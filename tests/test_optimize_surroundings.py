@@ -180,6 +180,46 @@ def test_stem(size, padding):
         torch.testing.assert_close(optimized(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+class Stem(nn.Module):
+    """A dense convolution on an image and a pair; `others` of the image's readers, behind them."""
+
+    def __init__(self, channels=3, stride=2, others=lambda x, y: y):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(channels, 16, 3, stride=stride, padding=1), nn.ReLU6())
+        self.pair = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 24, 1))
+        self.others = others
+
+    def forward(self, x):
+        return self.others(x, self.pair(self.stem(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_an_image_in_nchw_is_taken_as_it_lies(dtype):
+    model = made(Stem()).to(dtype)
+    optimized = fastsep.optimize(model)
+    (step,) = expanded_steps(optimized)
+    images = torch.randn(3, 3, 33, 34, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    with torch.inference_mode():
+        for x in (images, images[:1], images[:0], images[0], images[:, :, 2:20], images[:, :, :1, :1]):
+            y = optimized(x)
+            torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
+            assert y.stride() == model(x).stride()
+            if x.dim() == 4:
+                assert torch.equal(y, optimized(x.contiguous(memory_format=torch.channels_last)))
+    taken = {problem[-1] for (_, stride), (problem, *_) in step.calls.items() if stride == images.stride()}
+    assert taken == {1}
+    assert {problem[-1] for (_, stride), (problem, *_) in step.calls.items() if stride[1] == 1} == {0}
+
+
+@pytest.mark.parametrize(
+    "change", [{"stride": 1}, {"channels": 6}, {"others": lambda x, y: y.sum((1, 2, 3)) + x.sum((1, 2, 3))}]
+)
+def test_other_images_are_converted(change):
+    x = torch.randn(2, change.get("channels", 3), 20, 21, generator=torch.Generator().manual_seed(0))
+    optimized, _ = check(made(Stem(**change)), x)
+    assert not any(step.planar for step in expanded_steps(optimized))
+
+
 def test_large_batches_go_through_in_groups(threads):
     """Of as many images as lie in cache; behind the mean the batch is one."""
     pair = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU(), nn.Conv2d(8, 16, 1), nn.ReLU6()

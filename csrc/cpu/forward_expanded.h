@@ -301,9 +301,20 @@ struct ForwardExpanded {
     const int64_t last = (rows.end - 1) * e.stride_h - e.pad_top + e.kernel_h;
     for (int64_t row = first; row < last; ++row, to += layout.row_length) {
       memset(to, 0, static_cast<size_t>(layout.row_length) * sizeof(T));
-      if (row >= 0 && row < e.height)
+      if (row < 0 || row >= e.height) continue;
+      if (e.planar)
+        take_planes(plane + row * e.width, e.height * e.width, inside / planes, to + before);
+      else
         memcpy(to + before, plane + row * e.width * e.channels, static_cast<size_t>(inside) * sizeof(T));
     }
+  }
+
+  // The same of a row of each of an image's planes.
+  static constexpr int planes = 3;
+
+  static void take_planes(const T* __restrict x, int64_t plane, int64_t pixels, T* __restrict to) {
+    for (int64_t i = 0; i < pixels; ++i)
+      for (int64_t channel = 0; channel < planes; ++channel) to[i * planes + channel] = x[channel * plane + i];
   }
 
   // One panel of e, made row after row as the depthwise half asks for it, so that it finds the rows in the first cache.

@@ -103,7 +103,8 @@ struct Reference {
           const int64_t h = y * to.stride_h - to.pad_top + r, w = left * to.stride_w - to.pad_left + s;
           if (h < 0 || h >= to.height || w < 0 || w >= to.width) continue;
           for (int64_t k = 0; k < to.channels; ++k)
-            sum += value(x, ((n * to.height + h) * to.width + w) * to.channels + k) *
+            sum += value(x, to.planar ? ((n * to.channels + k) * to.height + h) * to.width + w
+                                      : ((n * to.height + h) * to.width + w) * to.channels + k) *
                    value(weights.expand_weight, ((c * to.channels + k) * to.kernel_h + r) * to.kernel_w + s);
         }
       }

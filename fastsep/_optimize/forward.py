@@ -116,6 +116,7 @@ class Plan:
     state: State
     graph: fx.GraphModule | None = None
     channels_last: bool = False
+    planar: frozenset[int] = frozenset()  # see rewrite.Layouts
 
 
 class Forward:
@@ -234,12 +235,12 @@ def _run(plan: Plan, args: tuple[Any, ...]) -> Any:
     run = _Profiled(graph).run if torch._C._autograd._profiler_enabled() else graph.forward
     if not plan.channels_last:
         return run(*args)
-    formats = [memory_format(x) for x in args if isinstance(x, Tensor) and x.dim() == 4]
-    inputs = [
-        x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x
-        for x in args
-    ]
+    images = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.dim() == 4]
+    inputs = [*args]
+    for i in images:
+        if i not in plan.planar or not args[i].is_contiguous():
+            inputs[i] = args[i].contiguous(memory_format=torch.channels_last)
     y = run(*inputs)
-    if not formats or formats[0] is torch.channels_last:
+    if not images or memory_format(args[images[0]]) is torch.channels_last:
         return y
     return as_contiguous(y)

@@ -59,9 +59,9 @@ class Maker:
             matches += surroundings(reader, taken)
         if not any(match.convolution is not None for match in matches):
             return Plan(state), candidates
-        graph, called, channels_last = rewrite(region, matches, inference=inference)
+        graph, called, layouts = rewrite(region, matches, inference=inference)
         state.release(called)
-        return Plan(state, graph, channels_last), candidates
+        return Plan(state, graph, *layouts), candidates
 
     def _find(
         self, reader: Reader, filter_fn: Filter | None

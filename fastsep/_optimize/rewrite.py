@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -14,9 +14,16 @@ from .chains import Reader, UnfitError
 from .patterns import Match
 from .series import SeriesStep
 from .shuffles import take_halves
-from .steps import PackedStep, add, as_contiguous
+from .steps import ExpandedStep, PackedStep, add, as_contiguous
 from .surroundings import SURROUNDINGS
 from .trace import Region, why_opaque
+
+
+class Layouts(NamedTuple):
+    """What a graph's tensors of four dimensions are to be."""
+
+    channels_last: bool = False
+    planar: frozenset[int] = frozenset()  # inputs, by their number, that may be NCHW all the same
 
 
 def drop_rank_checks(region: Region) -> None:
@@ -55,19 +62,19 @@ def _erase_unused(graph: fx.Graph, node: Any) -> None:
 
 def rewrite(
     region: Region, matches: list[Match], *, inference: bool
-) -> tuple[fx.GraphModule, set[nn.Module], bool]:
-    """The region's graph with the steps in it, the modules that it still calls, and whether it is one for
-    channels-last tensors."""
+) -> tuple[fx.GraphModule, set[nn.Module], Layouts]:
+    """The region's graph with the steps in it, the modules that it still calls, and the layouts it is for."""
     graph = region.graph
     reader = Reader(region.module, graph)
     gone = [node for match in matches for node in match.nodes]
     fresh = {_replace(graph, match) for match in matches}
-    channels_last = False
+    layouts = Layouts()
     if inference:
         gone += _drop_identities(graph, reader)
         take_halves(graph, fresh)
         _add_to_steps(graph, reader, fresh)
-        channels_last = _prepare_channels_last(graph, reader, fresh)
+        if _prepare_channels_last(graph, reader, fresh):
+            layouts = Layouts(channels_last=True, planar=_planar_inputs(graph, fresh))
         _join(graph)
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr":
@@ -75,7 +82,7 @@ def rewrite(
     graph.lint()
     # One that is called here and computed by a step there is not called as often as it was.
     called = _modules_of(reader, graph.nodes) - _modules_of(reader, gone)
-    return fx.GraphModule(region.module, graph), called, channels_last
+    return fx.GraphModule(region.module, graph), called, layouts
 
 
 def _modules_of(reader: Reader, nodes: Iterable[fx.Node]) -> set[nn.Module]:
@@ -184,6 +191,21 @@ def _join_run(graph: fx.Graph, run: list[fx.Node]) -> None:
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
     for node in reversed(run):
         graph.erase_node(node)
+
+
+def _planar_inputs(graph: fx.Graph, fresh: set[fx.Node]) -> frozenset[int]:
+    """The inputs that nothing but one step reads, and that as it lies in NCHW."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    found = []
+    for i, node in enumerate(inputs):
+        user = next(iter(node.users)) if len(node.users) == 1 else None
+        if user not in fresh or user.args != (node,):
+            continue
+        step = user.target
+        if isinstance(step, ExpandedStep) and step.can_be_planar():
+            step.planar = True
+            found.append(i)
+    return frozenset(found)
 
 
 # What asks for a tensor's place in memory and not for its values.

@@ -88,7 +88,8 @@ class PackedStep:
         call = None if _ops.VERBOSE else self.calls.get((x.shape, x.stride()))
         if call is None or x.dtype is not self.dtype or not is_native(x):
             if x.dim() == 3:
-                return self(x.unsqueeze(0)).squeeze(0)
+                y = self(x.unsqueeze(0)).squeeze(0)
+                return y.contiguous() if x.is_contiguous() else y
             x = x.resolve_neg()
             if not is_native(x):
                 raise RuntimeError(f"input must be a dense tensor on the CPU, got {x.layout} on {x.device}")
@@ -223,8 +224,10 @@ class ExpandedStep(PackedStep):
     """A dense convolution and an activation before the pair or a depthwise convolution.
 
     With `sum_with_input` the input is added to the result. Channels-last: another input is converted, and the
-    result back.
+    result back. But a `planar` step takes an image in NCHW as it lies, and gives its result channels-last.
     """
+
+    planar = False
 
     def __init__(
         self,
@@ -264,7 +267,16 @@ class ExpandedStep(PackedStep):
 
     def prepare(self, x: Tensor) -> Prepared:
         problem, shape = _expanded.native_problem(*self.arguments(x))
-        return self.remember(x, problem, shape, torch.channels_last)
+        layout = torch.channels_last
+        if not self.planar or not x.is_contiguous() or x.is_contiguous(memory_format=layout):
+            return self.remember(x, problem, shape, layout)
+        call = (*problem[:-1], 1), shape, layout, True, True
+        remember(self.calls, (x.shape, x.stride()), call, _REMEMBERED)
+        return call
+
+    def can_be_planar(self) -> bool:
+        """Whether the kernels have it for NCHW."""
+        return self.channels == 3 and self.expand.stride[1] == 2 and not self.sum_with_input
 
     def reported(self, x: Tensor) -> Tensor:
         arguments = self.arguments(x.contiguous(memory_format=torch.channels_last))
@@ -310,12 +322,14 @@ def add(a: Tensor, b: Tensor | float) -> Tensor:
 
 def as_contiguous(x: Any) -> Any:
     """Row-major tensors, in any nesting, of those with four dimensions."""
+    if isinstance(x, Tensor):  # as most results are, and far faster
+        return _row_major(x)
     return tree_map_only(Tensor, _row_major, x)
 
 
 def _row_major(x: Tensor) -> Tensor:
-    """Contiguous, an image with the strides that a fresh one has, also where there is but one channel."""
+    """Contiguous, an image with the strides that a fresh one has, also of one channel or of none."""
     if x.dim() != 4:
         return x
     x = x.contiguous()
-    return x.flatten().view(x.shape) if 1 in x.shape and x.numel() else x
+    return x.flatten().view(x.shape) if 1 in x.shape or not x.numel() else x

@@ -78,6 +78,7 @@ Case parse(const std::string& line) {
   p.expand.stride_w = number("esw", "1");
   p.expand.pad_top = number("ept", "0");
   p.expand.pad_left = number("epl", "0");
+  p.expand.planar = number("planar", "0") != 0;
   p.residual = number("res", "0") != 0;
   p.gate = number("gate", "0") != 0;
   if (!fields.empty()) fail("unknown key " + fields.begin()->first + " in: " + line);

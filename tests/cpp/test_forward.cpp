@@ -182,6 +182,15 @@ void test_validate(Problem good) {
     p.*field = 2;
     refused("a gate of more than a factor", Status::bad_operand, p);
   }
+  const auto image_of = [&](int64_t channels, int64_t stride_w) {
+    Problem p = good;
+    p.layout = Layout::nhwc, p.multiplier = 1;
+    p.expand = {channels, Activation::identity, 2 * p.height, 2 * p.width, 3, 3, 2, stride_w, 1, 1, true};
+    return p;
+  };
+  refused("an image in NCHW", Status::ok, image_of(3, 2));
+  refused("one of four channels", Status::bad_expansion, image_of(4, 2));
+  refused("one by a stride of 3", Status::bad_expansion, image_of(3, 3));
   Problem p = good;
   p.activation = static_cast<Activation>(activation_count);
   refused("an unknown activation", Status::bad_enum, p);
