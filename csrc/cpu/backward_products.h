@@ -45,8 +45,7 @@ struct BackwardProducts : BackwardBand<V, Shape> {
     for (int64_t first = 0; first < pixels; first += Rows) {
       product.a = scratch + s.gradient + first / Rows * s.blocks * block;
       product.c = du + first * panel;
-      multiply<V, Rows, Columns, group>(product, smaller<int64_t>(Rows, pixels - first),
-                                        (channels + V::width - 1) / V::width);
+      multiply<V, Rows, Columns, group>(product, smaller<int64_t>(Rows, pixels - first), channels);
     }
   }
 
@@ -76,7 +75,7 @@ struct BackwardProducts : BackwardBand<V, Shape> {
         product.a = scratch + s.gradient + k / group * block + begin;
         product.c = sums + (k + begin) * product.c_stride;
         product.start = b.first ? packed<T>(plan, layout.zeros) : product.c;
-        multiply<V, Rows, Columns, 1>(product, cut(count, tiles, i + 1) - begin, (channels + V::width - 1) / V::width);
+        multiply<V, Rows, Columns, 1>(product, cut(count, tiles, i + 1) - begin, channels);
       }
     }
   }

@@ -212,7 +212,6 @@ struct ForwardChannelsLast {
       const bool fetches = k + 1 < tile.panel_end && count > 1;
       product.start = packed<T>(plan, plan.layout.bias) + k * panel;
       product.column_count = smaller<int64_t>(panel, p.out_channels - k * panel);
-      const int64_t registers = (product.column_count + V::width - 1) / V::width;
       product.a = scratch + group_begin * elements;
       for (int64_t i = group_begin; i < group_end; ++i, product.a += elements) {
         const int64_t r = i / groups.per_run, g = i % groups.per_run;
@@ -223,7 +222,7 @@ struct ForwardChannelsLast {
         // It has the output's shape, and is added behind the activation: here, where that is no clamp.
         const T* residual = p.residual ? summand + (product.c - static_cast<T*>(plan.output)) : nullptr;
         if (is_clamp(p.activation)) product.add = residual;
-        multiply<V, Rows, Columns, V::width>(product, pixels, registers);
+        multiply<V, Rows, Columns, V::width>(product, pixels, product.column_count);
         if (is_clamp(p.activation)) continue;
         for (int64_t pixel = 0; pixel < pixels; ++pixel) {
           activate<V>(p.activation, product.c + pixel * product.c_stride, product.column_count);

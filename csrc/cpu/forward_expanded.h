@@ -358,7 +358,7 @@ struct ForwardExpanded {
     // Makes the rows before `end` that are not there yet, of `rows_end` in all.
     void make(int64_t end, int64_t rows_end) {
       const Problem& p = plan.problem;
-      const int64_t registers = (channels + V::width - 1) / V::width, begin = made;
+      const int64_t begin = made;
       const int64_t wanted = (end - first_row) * p.width, all = (rows_end - first_row) * p.width;
       if (layout.by_rows) {
         const int64_t tiles = (p.width + Rows - 1) / Rows;
@@ -367,7 +367,7 @@ struct ForwardExpanded {
           product.c = e + made * panel;
           for (int64_t i = 0; i < tiles; ++i) {
             const int64_t pixels = cut(p.width, tiles, i + 1) - cut(p.width, tiles, i);
-            multiply<V, Rows, Columns, image_stride>(product, pixels, registers);
+            multiply<V, Rows, Columns, image_stride>(product, pixels, channels);
             product.a += pixels * image_stride;
             product.c += pixels * panel;
           }
@@ -378,7 +378,7 @@ struct ForwardExpanded {
           if (has_next) product.fetch_part(product.b + elements, elements, made / Rows);
           product.a = input + made / Rows * layout.blocks * block;
           product.c = e + made * panel;
-          multiply<V, Rows, Columns, V::width>(product, smaller<int64_t>(Rows, all - made), registers);
+          multiply<V, Rows, Columns, V::width>(product, smaller<int64_t>(Rows, all - made), channels);
         }
       }
       if (!is_clamp(p.expand.activation)) activate<V>(p.expand.activation, e + begin * panel, (made - begin) * panel);

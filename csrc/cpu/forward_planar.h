@@ -246,7 +246,7 @@ struct ForwardPlanar {
         product.a = weights + row;
         product.start = bias + row;
         product.c = output + row * plane + first * V::width;
-        multiply<V, PlanarRows, PlanarColumns, 1>(product, cut(channels, row_tiles, i + 1) - row, registers);
+        multiply<V, PlanarRows, PlanarColumns, 1>(product, cut(channels, row_tiles, i + 1) - row, product.column_count);
       }
     }
   }
@@ -267,7 +267,7 @@ struct ForwardPlanar {
     for (int64_t i = 0; i < row_tiles; ++i) {
       const int64_t first = cut(pixels, row_tiles, i), count = cut(pixels, row_tiles, i + 1) - first;
       product.a = scratch + layout.runs + first;
-      multiply<V, Rows, Columns, 1>(product, count, (channels + V::width - 1) / V::width);
+      multiply<V, Rows, Columns, 1>(product, count, channels);
       transpose<V>(tile, count, channels, panel, output + first, plane);
     }
   }

@@ -7,6 +7,9 @@
 //
 // Where an FMA can take its factor from any lane of a register, A is loaded in vectors too: along the rows where these
 // are neighbours (RowStride 1), else along k.
+//
+// Half: no more than half of the last vector of each row counts, and where half an FMA takes half the time it is one:
+// 24 columns are then 1.5 vectors of 16.
 #pragma once
 
 #include "activation.h"
@@ -55,7 +58,7 @@ struct Product {
 };
 
 // acc += A * B for Depth neighbouring k.
-template <class V, int Rows, int Columns, int RowStride, int Depth>
+template <class V, int Rows, int Columns, int RowStride, int Depth, bool Half>
 FASTSEP_INLINE void multiply_step(const typename V::T* a, int64_t a_stride, const typename V::T* b, int64_t b_stride,
                                   typename V::Reg (&acc)[Rows][Columns]) {
   using Reg = typename V::Reg;
@@ -105,12 +108,13 @@ FASTSEP_INLINE void multiply_step(const typename V::T* a, int64_t a_stride, cons
     for (int i = 0; i < Rows; ++i) {
       const Reg a_element = V::set1(a[i * RowStride]);
       FASTSEP_UNROLL
-      for (int j = 0; j < Columns; ++j) acc[i][j] = V::fma(a_element, b_row[j], acc[i][j]);
+      for (int j = 0; j < Columns - Half; ++j) acc[i][j] = V::fma(a_element, b_row[j], acc[i][j]);
+      if constexpr (Half) acc[i][Columns - 1] = V::fma_half(a_element, b_row[Columns - 1], acc[i][Columns - 1]);
     }
   }
 }
 
-template <class V, int Rows, int Columns, int RowStride, int Panel>
+template <class V, int Rows, int Columns, int RowStride, int Panel, bool Half>
 FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
   using T = typename V::T;
   using Reg = typename V::Reg;
@@ -155,9 +159,9 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
         for (int i = 0; i < (V::width + 1) / 2; ++i, fetch += product.line) __builtin_prefetch(fetch, 0, 2);
       }
       for (; k >= step; k -= step, a += step * a_stride, b += step * b_stride)
-        multiply_step<V, Rows, Columns, RowStride, step>(a, a_stride, b, b_stride, acc);
+        multiply_step<V, Rows, Columns, RowStride, step, Half>(a, a_stride, b, b_stride, acc);
       for (; step > 1 && k > 0; --k, a += a_stride, b += b_stride)
-        multiply_step<V, Rows, Columns, RowStride, 1>(a, a_stride, b, b_stride, acc);
+        multiply_step<V, Rows, Columns, RowStride, 1, Half>(a, a_stride, b, b_stride, acc);
     }
   }
 
@@ -198,12 +202,17 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
 template <class V, int Rows, int Columns, int RowStride, int Panel = Columns * V::width>
 void multiply(const Product<typename V::T>& product, int64_t rows, int64_t columns) {
   if constexpr (Columns > 1) {
-    if (columns < Columns) return multiply<V, Rows, Columns - 1, RowStride, Panel>(product, rows, columns);
+    if (columns <= (Columns - 1) * V::width)
+      return multiply<V, Rows, Columns - 1, RowStride, Panel>(product, rows, columns);
   }
   if constexpr (Rows > 1) {
     if (rows < Rows) return multiply<V, Rows - 1, Columns, RowStride, Panel>(product, rows, columns);
   }
-  multiply_tile<V, Rows, Columns, RowStride, Panel>(product);
+  if constexpr (V::has_half_fma && RowStride == V::width) {
+    if (columns <= Columns * V::width - V::width / 2)
+      return multiply_tile<V, Rows, Columns, RowStride, Panel, true>(product);
+  }
+  multiply_tile<V, Rows, Columns, RowStride, Panel, false>(product);
 }
 
 // In blocks of Block x Block, which neither side is shorter than; the last ones move back to end with the matrix.

@@ -13,6 +13,8 @@
 //   That pays where a load costs as much of the front end as an FMA; on AVX-512 two vectors gained nothing.
 // * max(a, b) and min(a, b) are NaN where b is; the value that may be NaN goes second.
 // * fma_lane(a, b, lane, c) is a * b[lane] + c; only where has_fma_lane says that it is one instruction.
+// * fma_half(a, b, c) is fma in the first half of the lanes, and anything in the others; only where has_half_fma says
+//   that it may take half as long: on AMD's Zen 4, whose units are half as wide as the registers. (Elsewhere as long.)
 // * where_at_most(a, b, x, y) gives x where a <= b, else y, also where a or b is NaN.
 #pragma once
 
@@ -40,7 +42,7 @@ struct Vec<float> {
   using T = float;
   using Reg = __m512;
   static constexpr int width = 16, block = 8;
-  static constexpr bool has_fma_lane = false, large_depthwise_tiles = false;
+  static constexpr bool has_fma_lane = false, has_half_fma = true, large_depthwise_tiles = false;
 
   static __mmask16 head(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -60,6 +62,10 @@ struct Vec<float> {
   static Reg mul(Reg a, Reg b) { return _mm512_mul_ps(a, b); }
   static Reg div(Reg a, Reg b) { return _mm512_div_ps(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
+  static Reg fma_half(Reg a, Reg b, Reg c) {
+    asm("vfmadd231ps %t2, %t1, %t0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+  }
   static Reg max(Reg a, Reg b) { return _mm512_max_ps(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_ps(a, b); }
   static Reg where_at_most(Reg a, Reg b, Reg x, Reg y) {
@@ -84,7 +90,7 @@ struct Vec<double> {
   using T = double;
   using Reg = __m512d;
   static constexpr int width = 8, block = 4;
-  static constexpr bool has_fma_lane = false, large_depthwise_tiles = false;
+  static constexpr bool has_fma_lane = false, has_half_fma = true, large_depthwise_tiles = false;
 
   static __mmask8 head(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
 
@@ -104,6 +110,10 @@ struct Vec<double> {
   static Reg mul(Reg a, Reg b) { return _mm512_mul_pd(a, b); }
   static Reg div(Reg a, Reg b) { return _mm512_div_pd(a, b); }
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_pd(a, b, c); }
+  static Reg fma_half(Reg a, Reg b, Reg c) {
+    asm("vfmadd231pd %t2, %t1, %t0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+  }
   static Reg max(Reg a, Reg b) { return _mm512_max_pd(a, b); }
   static Reg min(Reg a, Reg b) { return _mm512_min_pd(a, b); }
   static Reg where_at_most(Reg a, Reg b, Reg x, Reg y) {
