@@ -13,6 +13,7 @@ from torch import nn
 
 import fastsep
 from fastsep import SeparableConv2d, _native
+from fastsep._optimize import steps
 from fastsep._optimize.series import MeanStep, SeriesStep
 from fastsep._optimize.steps import ExpandedStep
 
@@ -218,6 +219,33 @@ def test_other_images_are_converted(change):
     x = torch.randn(2, change.get("channels", 3), 20, 21, generator=torch.Generator().manual_seed(0))
     optimized, _ = check(made(Stem(**change)), x)
     assert not any(step.planar for step in expanded_steps(optimized))
+
+
+@pytest.mark.parametrize("advice", ["taken", "refused", "unknown"])
+def test_weights_of_a_network_lie_together(advice, monkeypatch):
+    """In one piece of memory on large pages, where the system has them."""
+    model = made(
+        nn.Sequential(*(Block() for _ in range(3)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    )
+    apart, _ = check(model, fused=3)
+    if advice == "unknown":
+        monkeypatch.delattr(steps.mmap, "MADV_HUGEPAGE", raising=False)
+    if advice == "refused":
+        monkeypatch.setattr(steps.mmap, "MADV_HUGEPAGE", -1, raising=False)
+    monkeypatch.setattr(steps, "_LARGE_PAGE", 4096)
+    together, _ = check(model, fused=3)
+    with torch.no_grad():
+        assert torch.equal(apart(X), together(X))
+    for optimized in (apart, together):
+        packed = [
+            getattr(step, "step", step).packed
+            for step in steps_of(optimized)
+            if not isinstance(step, MeanStep)
+        ]
+        assert len(packed) == 4
+        assert all(weights.data_ptr() % 64 == 0 for weights in packed)
+        pieces = {weights.untyped_storage().data_ptr() for weights in packed}
+        assert len(pieces) == (1 if optimized is together and advice != "unknown" else 4)
 
 
 def test_large_batches_go_through_in_groups(threads):

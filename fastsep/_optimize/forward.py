@@ -235,12 +235,13 @@ def _run(plan: Plan, args: tuple[Any, ...]) -> Any:
     run = _Profiled(graph).run if torch._C._autograd._profiler_enabled() else graph.forward
     if not plan.channels_last:
         return run(*args)
-    images = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.dim() == 4]
-    inputs = [*args]
-    for i in images:
-        if i not in plan.planar or not args[i].is_contiguous():
-            inputs[i] = args[i].contiguous(memory_format=torch.channels_last)
+    inputs, image = [*args], None
+    for i, x in enumerate(args):
+        if isinstance(x, Tensor) and x.dim() == 4:
+            image = x if image is None else image
+            if i not in plan.planar or not x.is_contiguous():
+                inputs[i] = x.contiguous(memory_format=torch.channels_last)
     y = run(*inputs)
-    if not images or memory_format(args[images[0]]) is torch.channels_last:
+    if isinstance(y, Tensor) and y.dim() != 4:
         return y
-    return as_contiguous(y)
+    return y if image is None or memory_format(image) is torch.channels_last else as_contiguous(y)

@@ -14,7 +14,7 @@ from .chains import Reader, UnfitError
 from .patterns import Match
 from .series import SeriesStep
 from .shuffles import take_halves
-from .steps import ExpandedStep, PackedStep, add, as_contiguous
+from .steps import ExpandedStep, PackedStep, add, as_contiguous, gather
 from .surroundings import SURROUNDINGS
 from .trace import Region, why_opaque
 
@@ -75,6 +75,8 @@ def rewrite(
         _add_to_steps(graph, reader, fresh)
         if _prepare_channels_last(graph, reader, fresh):
             layouts = Layouts(channels_last=True, planar=_planar_inputs(graph, fresh))
+        steps = [getattr(node.target, "step", node.target) for node in graph.nodes if node in fresh]
+        gather(step for step in steps if isinstance(step, PackedStep))
         _join(graph)
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr":

@@ -5,7 +5,9 @@ They trust their caller: forward.py lets nothing in that autograd, a transform, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import mmap
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -292,6 +294,39 @@ class ImageStep(ExpandedStep):
         super().__init__(convolution, activation, nothing, "identity")
 
 
+def gather(steps: Iterable[PackedStep]) -> None:
+    """Puts the weights of steps that nobody calls yet on large pages.
+
+    A network reads all of its weights once a call. On pages of 4096 bytes those of MobileNetV2 take 3500
+    entries, more than the processor has for them: to look the others up was 1.5 % of the time.
+    """
+    steps, place = list(steps), 0
+    sizes = [-(-step.packed.numel() // _LINE) * _LINE for step in steps]
+    room = _large_pages(sum(sizes))
+    if room is None:
+        return
+    for step, size in zip(steps, sizes, strict=True):
+        packed = room[place : place + step.packed.numel()].copy_(step.packed)
+        step.packed, step.packed_at = packed, (packed.data_ptr(), packed.numel())
+        place += size
+
+
+_LINE, _LARGE_PAGE = 64, 2 << 20
+
+
+def _large_pages(size: int) -> Tensor | None:
+    """Fresh memory at a multiple of a large page; None for less than one, or where the system has none."""
+    advice: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
+    if advice is None or size < _LARGE_PAGE:
+        return None
+    whole = -(-size // _LARGE_PAGE) * _LARGE_PAGE
+    memory = mmap.mmap(-1, whole + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system that was built without
+        memory.madvise(advice)
+    room = torch.frombuffer(memory, dtype=torch.uint8)
+    return room[-room.data_ptr() % _LARGE_PAGE :][:size]
+
+
 class DenseStep:
     """torch's convolution with folded weights, and the activation in place behind it."""
 
@@ -322,8 +357,6 @@ def add(a: Tensor, b: Tensor | float) -> Tensor:
 
 def as_contiguous(x: Any) -> Any:
     """Row-major tensors, in any nesting, of those with four dimensions."""
-    if isinstance(x, Tensor):  # as most results are, and far faster
-        return _row_major(x)
     return tree_map_only(Tensor, _row_major, x)
 
 
