@@ -348,6 +348,7 @@ struct ForwardExpanded {
       product.start = packed<T>(plan, plan.layout.expand_bias) + q * panel;
       product.clamp = clamp_of<T>(p.expand.activation);
       product.c_stride = product.column_count = panel;
+      product.c_is_near = true;
       if (layout.by_rows) {
         product.groups = p.expand.kernel_h;
         product.depth = product.block_depth = p.expand.kernel_w * p.expand.channels;

@@ -41,6 +41,7 @@ struct Product {
   T* c;
   int64_t c_stride;
   int64_t column_count;
+  bool c_is_near = false;  // in the first or second cache, and nothing is gained by asking for it ahead
   // As C, or null for none.
   const T* add = nullptr;
   // Memory that is read later and shall be in the second-level cache by then; null for none. With RowStride V::width
@@ -136,12 +137,14 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
     }
   }
 
-  const T* c_row = product.c;
-  FASTSEP_UNROLL
-  for (int i = 0; i < Rows; ++i) {
+  if (!product.c_is_near) {
+    const T* c_row = product.c;
     FASTSEP_UNROLL
-    for (int j = 0; j < Columns; ++j) __builtin_prefetch(c_row + j * V::width, 1);
-    c_row = in_register(c_row + product.c_stride);
+    for (int i = 0; i < Rows; ++i) {
+      FASTSEP_UNROLL
+      for (int j = 0; j < Columns; ++j) __builtin_prefetch(c_row + j * V::width, 1);
+      c_row = in_register(c_row + product.c_stride);
+    }
   }
   const T* b = product.b;
   const T* fetch = product.fetch;
