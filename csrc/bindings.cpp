@@ -289,10 +289,10 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
       .def(py::init(&to_series), py::arg("calls"), py::arg("inputs"), py::arg("outputs"))
       .def("run", &run_series, py::arg("inputs"), py::arg("outputs"));
   py::class_<Unchanged>(m, "Unchanged")
-      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&,
-                    const py::list&, const std::vector<uintptr_t>&>(),
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&, size_t,
+                    const py::object&, const py::object&, const std::vector<uintptr_t>&>(),
            py::kw_only(), py::arg("held"), py::arg("partly"), py::arg("slots"), py::arg("modules"), py::arg("tensors"),
-           py::arg("placed"), py::arg("lines"))
+           py::arg("placed"), py::arg("version"), py::arg("place"), py::arg("lines"))
       .def("set_empty", &Unchanged::set_empty)
       .def("holds", &Unchanged::holds);
   m.def("packed_bytes", [](const py::tuple& fields, const std::string& isa) {

@@ -21,26 +21,7 @@ py::object owned(PyObject* result) {
   return py::reinterpret_steal<py::object>(result);
 }
 
-py::object attribute(py::handle object, const py::object& name) {
-  return owned(PyObject_GetAttr(object.ptr(), name.ptr()));
-}
-
-bool is_true(const py::object& object) {
-  const int answer = PyObject_IsTrue(object.ptr());
-  if (answer < 0) throw py::error_already_set();
-  return answer != 0;
-}
-
 const PyDictObject& as_dict(py::handle object) { return *reinterpret_cast<const PyDictObject*>(object.ptr()); }
-
-long long version_of(py::handle tensor, const py::object& name) {
-  return PyLong_AsLongLong(attribute(tensor, name).ptr());
-}
-
-unsigned long long place_of(py::handle tensor, const py::object& name) {
-  PyObject* const arguments[] = {tensor.ptr()};
-  return PyLong_AsUnsignedLongLong(owned(PyObject_VectorcallMethod(name.ptr(), arguments, 1, nullptr)).ptr());
-}
 
 // What shall be a dict: everything here reads them as such.
 py::handle checked_dict(py::handle object) {
@@ -51,7 +32,11 @@ py::handle checked_dict(py::handle object) {
 }  // namespace
 
 Unchanged::Unchanged(const py::list& held, const py::list& partly, const py::list& slots, const py::list& modules,
-                     const py::list& tensors, const py::list& placed, const std::vector<uintptr_t>& lines) {
+                     const py::list& tensors, size_t placed, const py::object& version, const py::object& place,
+                     const std::vector<uintptr_t>& lines)
+    : version_(version), place_(place), placed_(placed) {
+  if (Py_TYPE(version.ptr())->tp_descr_get == nullptr) throw py::type_error("version must be a descriptor");
+  if (placed > tensors.size()) throw py::value_error("placed is larger than the number of tensors");
   for (const bool part : {false, true})
     for (const py::handle dict : part ? partly : held) {
       const size_t first = values_.size();
@@ -66,15 +51,15 @@ Unchanged::Unchanged(const py::list& held, const py::list& partly, const py::lis
     slots_.push_back({dict, name, PyDict_GetItemWithError(dict.ptr(), name.ptr())});
   }
   for (const py::handle module : modules) {
-    modules_.push_back({module, is_true(attribute(module, training_))});
+    modules_.push_back({module, is_training(module)});
     add_lines(module.ptr(), 1);
     add_lines_of_dict(checked_dict(module.attr("__dict__")));
   }
   for (const py::handle tensor : tensors) {
-    versions_.push_back({tensor, version_of(tensor, version_)});
+    const bool is_placed = tensors_.size() < placed_;
+    tensors_.push_back({tensor, version_of(tensor), is_placed ? place_of(tensor) : 0});
     add_lines(tensor.ptr(), 64);
   }
-  for (const py::handle tensor : placed) places_.push_back({tensor, place_of(tensor, data_ptr_)});
   // A TensorImpl has 192 bytes or a little more.
   for (const uintptr_t at : lines) add_lines(reinterpret_cast<const void*>(at), 192);
 }
@@ -129,6 +114,24 @@ bool Unchanged::is_same(const Slot& known) {
   return value == known.value.ptr();
 }
 
+bool Unchanged::is_training(py::handle module) const {
+  const int answer = PyObject_IsTrue(owned(PyObject_GetAttr(module.ptr(), training_.ptr())).ptr());
+  if (answer < 0) throw py::error_already_set();
+  return answer != 0;
+}
+
+// By the descriptor itself, and the function below itself, which need not be looked up by their names.
+long long Unchanged::version_of(py::handle tensor) const {
+  PyObject* const self = tensor.ptr();
+  const auto get = Py_TYPE(version_.ptr())->tp_descr_get;
+  return PyLong_AsLongLong(owned(get(version_.ptr(), self, reinterpret_cast<PyObject*>(Py_TYPE(self)))).ptr());
+}
+
+unsigned long long Unchanged::place_of(py::handle tensor) const {
+  PyObject* const arguments[] = {tensor.ptr()};
+  return PyLong_AsUnsignedLongLong(owned(PyObject_Vectorcall(place_.ptr(), arguments, 1, nullptr)).ptr());
+}
+
 bool Unchanged::holds() const {
   for (const char* at : lines_) __builtin_prefetch(at, 0, 2);
   for (const py::handle dict : empty_) __builtin_prefetch(&as_dict(dict).ma_used, 0, 2);
@@ -143,12 +146,13 @@ bool Unchanged::holds() const {
     FASTSEP_LOCKED(known.dict.ptr(), same = is_same(known));
     if (!same) return false;
   }
-  for (const auto& known : modules_)
-    if (is_true(attribute(known.object, training_)) != known.value) return false;
-  for (const auto& known : versions_)
-    if (version_of(known.object, version_) != known.value) return false;
-  for (const auto& known : places_)
-    if (place_of(known.object, data_ptr_) != known.value) return false;
+  for (const Module& known : modules_)
+    if (is_training(known.module) != known.training) return false;
+  for (size_t i = 0; i < tensors_.size(); ++i) {
+    const Tensor& known = tensors_[i];
+    if (version_of(known.tensor) != known.version) return false;
+    if (i < placed_ && place_of(known.tensor) != known.place) return false;
+  }
   return true;
 }
 

@@ -1,5 +1,4 @@
-// Whether Python objects are what they were: what fastsep.optimize asks before each call of a model. Of PyTorch it
-// knows two names, `_version` and `data_ptr`.
+// Whether Python objects are what they were: what fastsep.optimize asks before each call of a model.
 //
 // MobileNetV2 has 177 modules, 1235 dicts and 314 tensors. Each is a chain of pointers to memory that the call before
 // has displaced from the caches: to follow one after the other took 0.4 ms of 7. So all of their lines are asked for
@@ -16,10 +15,11 @@ class Unchanged {
  public:
   // Dicts: `held` shall have the same values, of `partly` the same ones shall be None. `slots` are dicts and names:
   // there shall be the same value under it, or none. `modules` shall have the same `training`, `tensors` the same
-  // `_version`, and those in `placed` the same `data_ptr()`. `lines` are addresses of memory that this will read.
+  // integer by the descriptor `version`, and the first `placed` of them the same by the function `place`. `lines` are
+  // addresses of memory that this will read.
   Unchanged(const pybind11::list& held, const pybind11::list& partly, const pybind11::list& slots,
-            const pybind11::list& modules, const pybind11::list& tensors, const pybind11::list& placed,
-            const std::vector<uintptr_t>& lines);
+            const pybind11::list& modules, const pybind11::list& tensors, size_t placed,
+            const pybind11::object& version, const pybind11::object& place, const std::vector<uintptr_t>& lines);
   // Dicts that shall be empty.
   void set_empty(const pybind11::list& dicts);
   bool holds() const;
@@ -35,10 +35,14 @@ class Unchanged {
   struct Slot {
     Handle dict, name, value;  // no value: none
   };
-  template <class T>
-  struct Known {
-    Handle object;
-    T value;
+  struct Module {
+    Handle module;
+    bool training;
+  };
+  struct Tensor {
+    Handle tensor;
+    long long version;
+    unsigned long long place;
   };
 
   void append_values(Handle dict);
@@ -46,18 +50,19 @@ class Unchanged {
   static bool is_same(const Slot& known);
   void add_lines(const void* begin, size_t bytes);
   void add_lines_of_dict(Handle object);
+  bool is_training(Handle module) const;
+  long long version_of(Handle tensor) const;
+  unsigned long long place_of(Handle tensor) const;
 
-  pybind11::object training_ = interned("training"), version_ = interned("_version"), data_ptr_ = interned("data_ptr");
-  static pybind11::object interned(const char* name) {
-    return pybind11::reinterpret_steal<pybind11::object>(PyUnicode_InternFromString(name));
-  }
+  pybind11::object training_ = pybind11::reinterpret_steal<pybind11::object>(PyUnicode_InternFromString("training"));
+  pybind11::object version_, place_;
   std::vector<Dict> dicts_;
   std::vector<Handle> values_;
   std::vector<Handle> empty_;
   std::vector<Slot> slots_;
-  std::vector<Known<bool>> modules_;
-  std::vector<Known<long long>> versions_;
-  std::vector<Known<unsigned long long>> places_;
+  std::vector<Module> modules_;
+  std::vector<Tensor> tensors_;
+  size_t placed_;
   std::vector<const char*> lines_;
 };
 

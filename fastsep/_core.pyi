@@ -1,5 +1,6 @@
 """Types of the native module; its sources are csrc/bindings.cpp, csrc/unchanged.h and csrc/fastsep.h."""
 
+from collections.abc import Callable
 from typing import Any
 
 def isas() -> list[str]:
@@ -100,7 +101,8 @@ class Unchanged:
 
     held: dicts that shall have the same values, in their order; partly: of those only which ones are None.
     slots: dicts and names, of the same values. modules: of the same `training`. tensors: of the same
-    `_version`; placed: of the same `data_ptr()`. lines: addresses of memory that this reads, for speed.
+    integer by the descriptor `version`; the first `placed` of them also by the function `place`. lines:
+    addresses of memory that this reads, for speed.
     """
 
     def __init__(
@@ -111,7 +113,9 @@ class Unchanged:
         slots: list[tuple[dict[str, Any], str]],
         modules: list[Any],
         tensors: list[Any],
-        placed: list[Any],
+        placed: int,
+        version: Any,
+        place: Callable[[Any], int],
         lines: list[int],
     ) -> None: ...
     def set_empty(self, dicts: list[dict[int, Any]]) -> None:

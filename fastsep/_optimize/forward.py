@@ -64,7 +64,12 @@ class State:
         # All: a norm that trains writes to its statistics unseen, and is seen by its count of batches.
         seen = [x for values in numbers for x in values.values()] + [values[name] for values, name in slots]
         self._tensors = [x for x in seen if weights and isinstance(x, Tensor) and not x.is_inference()]
-        placed = [x for x in self._tensors if type(x) in PLAIN and x.layout is torch.strided]
+        # Of those counts themselves nothing is computed, wherever they lie.
+        read = {id(values[name]) for values, name in slots}
+        counts = {id(values.get("num_batches_tracked")) for values in numbers} - read
+        plain = [x for x in self._tensors if type(x) in PLAIN and x.layout is torch.strided]
+        placed = [x for x in plain if id(x) not in counts]
+        others = {id(x) for x in self._tensors} - {id(x) for x in placed}
         # As long as this memory is held no new tensor can come to lie at its address.
         self._memory = [x.detach() for x in placed]
         held, partly = ([*children, *numbers], []) if weights else (children, numbers)
@@ -76,9 +81,11 @@ class State:
             partly=partly,
             slots=slots,
             modules=[module for module in modules if type(module) not in _MODELESS],
-            tensors=self._tensors,
-            placed=placed,
-            lines=[x._cdata for x in placed] + [x.untyped_storage()._cdata for x in placed],
+            tensors=placed + [x for x in self._tensors if id(x) in others],
+            placed=len(placed),
+            version=Tensor._version,
+            place=Tensor.data_ptr,
+            lines=[x._cdata for x in plain] + [x.untyped_storage()._cdata for x in placed],
         )
         self.release(set())
 
