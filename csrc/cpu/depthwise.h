@@ -262,13 +262,13 @@ FASTSEP_NOINLINE void channels_last_two_rows(const ChannelsLastRun<typename V::T
     Reg weights[taps * taps], acc[2][Run];
     const T* weight = all_weights;
     FASTSEP_UNROLL
-    for (int t = 0; t < taps * taps; ++t, weight = in_register(weight + weight_stride)) weights[t] = V::load(weight);
+    for (int t = 0; t < taps * taps; ++t, weight = in_register(weight + weight_stride)) weights[t] = V::load_at(weight);
     // Loads, since copies of one register would take FMAs' turns.
     FASTSEP_UNROLL
     for (int p = 0; p < Run; ++p, start = in_register(start)) {
-      acc[0][p] = V::load(start);
+      acc[0][p] = V::load_at(start);
       start = in_register(start);
-      acc[1][p] = V::load(start);
+      acc[1][p] = V::load_at(start);
     }
     const T* row = input;
     FASTSEP_UNROLL
@@ -294,7 +294,8 @@ FASTSEP_NOINLINE void channels_last_two_rows(const ChannelsLastRun<typename V::T
     for (int o = 0; o < 2; ++o) {
       T* place = output + o * output_row_stride;
       FASTSEP_UNROLL
-      for (int p = 0; p < Run; ++p, place = in_register(place + output_stride)) V::store(place, V::max(low, acc[o][p]));
+      for (int p = 0; p < Run; ++p, place = in_register(place + output_stride))
+        V::store_at(place, V::max(low, acc[o][p]));
     }
     input += V::width;
     all_weights += V::width;
