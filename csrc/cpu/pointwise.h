@@ -168,13 +168,15 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
     }
   }
 
-  // In registers, where no compiler has to ask whether a store may have changed them.
-  const Reg low = V::set1(product.clamp.low), high = V::set1(product.clamp.high);
-  const int64_t c_stride = product.c_stride, column_count = product.column_count;
-  const T* const add = product.add;
+  // In registers, where no compiler has to ask whether a store may have changed them. And read anew: GCC would keep
+  // what the prefetches have read, and have no register for the loop's own pointers.
+  const Product<T>& end = *in_register(&product);
+  const Reg low = V::set1(end.clamp.low), high = V::set1(end.clamp.high);
+  const int64_t c_stride = end.c_stride, column_count = end.column_count;
+  const T* const add = end.add;
   const auto finish = [&](auto is_whole, auto with_sum) FASTSEP_INLINE_LAMBDA {
     // One pointer that walks: left to itself, GCC computes the addresses of all rows first and keeps them on the stack.
-    T* c = product.c;
+    T* c = end.c;
     const T* summand = add;
     FASTSEP_UNROLL
     for (int i = 0; i < Rows; ++i) {
