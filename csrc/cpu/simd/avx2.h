@@ -33,8 +33,6 @@ struct Vec<float> {
     return a;
   }
   static void store(T* p, Reg a) { _mm256_storeu_ps(p, a); }
-  static Reg load_at(const T* p) { return load(p); }
-  static void store_at(T* p, Reg a) { store(p, a); }
   static void store_n(T* p, Reg a, int n) { _mm256_maskstore_ps(p, head(n), a); }
   static void store_n(T* p, Reg a, Constant<width>) { store(p, a); }
   static Reg set1(T a) { return _mm256_set1_ps(a); }
@@ -82,8 +80,6 @@ struct Vec<double> {
     return a;
   }
   static void store(T* p, Reg a) { _mm256_storeu_pd(p, a); }
-  static Reg load_at(const T* p) { return load(p); }
-  static void store_at(T* p, Reg a) { store(p, a); }
   static void store_n(T* p, Reg a, int n) { _mm256_maskstore_pd(p, head(n), a); }
   static void store_n(T* p, Reg a, Constant<width>) { store(p, a); }
   static Reg set1(T a) { return _mm256_set1_pd(a); }

@@ -3,7 +3,6 @@
 // Every instruction set has this same list of operations; the algorithms are written on it once. Two rules hold:
 // * *_n touch exactly the first n elements of memory, 0 <= n <= width; a load sets the others to zero.
 //   n may be Constant<width>, which makes it the plain load or store.
-// * load_at(p) and store_at(p, a) are load and store through an address in a register, without an offset.
 // * load_even(p, n) gives p[0], p[2], ..., p[2n - 2], n <= width, and touches nothing behind the last.
 // * transpose writes to[j][i] = from[i][j] for a square of rows `from_stride` and `to_stride` apart, 4 x 4 or, where
 //   that is larger, `block` x `block`.
@@ -12,6 +11,7 @@
 // * large_depthwise_tiles: whether 3 x 3 takes two rows of pixels at a time in channels-last, seven rows of two vectors
 //   in NCHW.
 //   That pays where a load costs as much of the front end as an FMA; on AVX-512 two vectors gained nothing.
+//   There are load_at(p) and store_at(p, a) then, load and store through an address without an offset.
 // * max(a, b) and min(a, b) are NaN where b is; the value that may be NaN goes second.
 // * fma_lane(a, b, lane, c) is a * b[lane] + c; only where has_fma_lane says that it is one instruction.
 // * fma_half(a, b, c) is fma in the first half of the lanes, and anything in the others; only where has_half_fma says
@@ -55,8 +55,6 @@ struct Vec<float> {
     return a;
   }
   static void store(T* p, Reg a) { _mm512_storeu_ps(p, a); }
-  static Reg load_at(const T* p) { return load(p); }
-  static void store_at(T* p, Reg a) { store(p, a); }
   static void store_n(T* p, Reg a, int n) { _mm512_mask_storeu_ps(p, head(n), a); }
   static void store_n(T* p, Reg a, Constant<width>) { store(p, a); }
   static Reg set1(T a) { return _mm512_set1_ps(a); }
@@ -105,8 +103,6 @@ struct Vec<double> {
     return a;
   }
   static void store(T* p, Reg a) { _mm512_storeu_pd(p, a); }
-  static Reg load_at(const T* p) { return load(p); }
-  static void store_at(T* p, Reg a) { store(p, a); }
   static void store_n(T* p, Reg a, int n) { _mm512_mask_storeu_pd(p, head(n), a); }
   static void store_n(T* p, Reg a, Constant<width>) { store(p, a); }
   static Reg set1(T a) { return _mm512_set1_pd(a); }

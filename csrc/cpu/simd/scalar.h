@@ -35,8 +35,6 @@ struct Vec {
   }
   static Reg in_register(Reg a) { return a; }
   static void store(T* p, Reg a) { store_n(p, a, width); }
-  static Reg load_at(const T* p) { return load(p); }
-  static void store_at(T* p, Reg a) { store(p, a); }
   static void store_n(T* p, Reg a, int n) {
     for (int i = 0; i < n; ++i) p[i] = a.lane[i];
   }
