@@ -315,12 +315,15 @@ _LINE, _LARGE_PAGE = 64, 2 << 20
 
 
 def _large_pages(size: int) -> Tensor | None:
-    """Fresh memory at a multiple of a large page; None for less than one, or where the system has none."""
+    """Fresh memory at a multiple of a large page; None for less than one, or where the system gives none."""
     advice: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
     if advice is None or size < _LARGE_PAGE:
         return None
     whole = -(-size // _LARGE_PAGE) * _LARGE_PAGE
-    memory = mmap.mmap(-1, whole + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, whole + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # the weights stay where they are
+        return None
     with contextlib.suppress(OSError):  # a system that was built without
         memory.madvise(advice)
     room = torch.frombuffer(memory, dtype=torch.uint8)
