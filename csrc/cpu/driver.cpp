@@ -1,23 +1,39 @@
 #include "driver.h"
 
+#include <unistd.h>
+
 namespace fastsep {
 namespace {
 
-// Depthwise output that a tile holds. Second-level cache is 256 KB to 2 MB on the processors that these kernels run on,
-// and the weights stream through it beside the tile. Larger tiles read the weights less often: 14 x 14 x 512 in two
-// tiles of 200 KB instead of three gained 1.5 % for NCHW over 192 KB, and 320 KB no more.
-constexpr int64_t tile_bytes = 256 * 1024;
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 
-// Behind an expansion, whose rows a band keeps for the next one: fewer bands copy fewer. Of MobileNetV2's early blocks
-// 2 % over 256 KB, and no more at 512.
-constexpr int64_t band_bytes = 384 * 1024;
+// Second-level cache of a core: between 1 MB, which also stands for what the C library does not tell, and 2 MB, the
+// least and the most that the shares of it below were measured on.
+int64_t second_level_cache() {
+  static const int64_t bytes = [] {
+    int64_t told = 0;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    told = sysconf(_SC_LEVEL2_CACHE_SIZE);
+#endif
+    return most(int64_t{1} << 20, least(int64_t{2} << 20, told));
+  }();
+  return bytes;
+}
+
+// Depthwise output that a tile holds. The weights stream through the cache beside it, once a tile, from memory or the
+// last-level cache where they are larger: with 2 MB 19 x 19 x 728 in three tiles instead of five gained 2 %. With 1 MB
+// 14 x 14 x 512 in two tiles of 200 KB instead of three gained 1.5 % for NCHW, and 320 KB no more.
+int64_t tile_bytes() { return second_level_cache() / 4; }
+
+// Behind an expansion, whose rows a band keeps for the next one: fewer bands copy fewer. With 1 MB MobileNetV2's early
+// blocks gained 2 % over 256 KB, and no more at 512; with 2 MB the network 1.2 % by 768 over 384.
+int64_t band_bytes() { return second_level_cache() / 8 * 3; }
 
 // What a second pass costs: to send all threads off once more, wait for them and read what the others wrote; some 8 us
 // on a Zen 4, in multiply-adds of one thread.
 constexpr double pass_products = 500e3;
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Cuts further than cache asks, so that all threads end together: into lower tiles, or the output channels into parts,
@@ -59,7 +75,7 @@ void partition_channels(const Kernel& kernel, int threads, double row_cost, Forw
   // What a thread has of the depthwise output, and x and a panel of e.
   const int64_t bytes = element * (plan->layout.padded_channels * pixels / channel_tiles +
                                    (expansion_depth(p) + panel) * p.height * p.width);
-  if (bytes > 2 * band_bytes) return;
+  if (bytes > 2 * band_bytes()) return;
 
   // What the slowest thread has of n.
   const auto share = [](int64_t n, int64_t parts) {
@@ -89,7 +105,7 @@ void partition_expanded(const Kernel& kernel, int threads, ForwardPlan* plan) {
   // Of one output row: the depthwise output, and for the rows of the plane it adds x and one panel of e.
   const int64_t row_bytes =
       element * (plan->layout.padded_channels * plan->out_width + p.stride_h * (expansion_depth(p) + panel) * p.width);
-  plan->band_rows = most(1, least(plan->out_height, band_bytes / row_bytes));
+  plan->band_rows = most(1, least(plan->out_height, band_bytes() / row_bytes));
   plan->row_tiles = plan->column_tiles = plan->panel_tiles = 1;
   // What a border between two tiles costs each of them, in rows.
   const double again = static_cast<double>(most(0, (p.kernel_h - 1) * p.dilation_h + 1 - p.stride_h)) /
@@ -116,7 +132,7 @@ void partition_plain(const Kernel& kernel, int threads, ForwardPlan* plan) {
   const Problem& p = plan->problem;
   const int64_t element = p.dtype == Dtype::f32 ? 4 : 8;
   const int64_t pixel_bytes = p.multiplier * plan->layout.padded_channels * element;
-  const int64_t pixels = most(tile_bytes / pixel_bytes, 2 * kernel.shape.rows);
+  const int64_t pixels = most(tile_bytes() / pixel_bytes, 2 * kernel.shape.rows);
   // Whole rows where they fit, else parts of one row.
   plan->column_tiles = divide_up(plan->out_width, pixels);
   const int64_t columns = divide_up(plan->out_width, plan->column_tiles);

