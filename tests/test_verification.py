@@ -73,6 +73,29 @@ def test_right_results_pass_and_wrong_ones_do_not(line, dtype, phase, monkeypatc
             assert "other differs from torch by" in str(error.value), name
 
 
+def test_a_slope_that_rounding_decides_passes():
+    """One output so near a bend that its sign is another one with another order of the sum."""
+    case = parse_case("c=8 h=14 w=15 k=16 kh=3 kw=3 pt=1 pb=1 pl=1 pr=1 b=1 act=relu")
+    task = Task.of(case, "training", "cpu", 1)
+    x, dw, pw = (task.tensors[name].double() for name in ("input", "depthwise_weight", "pointwise_weight"))
+    argument = torch.conv2d(torch.conv2d(x, dw, padding=1, groups=8), pw)
+    task.tensors["bias"].copy_(-argument[0, :, 7, 7])
+    below, above = ([tensor.float() for tensor in task._exact(shift)] for shift in (-1e-7, 1e-7))
+    with contenders_of(task) as (first, _):
+        below, above = (replace(first, outputs=lambda results=results: results) for results in (below, above))
+        contenders.verify(task, {"torch nchw": below, "other": above})
+        contenders.verify(task, {"torch nchw": above, "other": below})
+        for name, change in WRONG.items():
+            wrong = change([tensor.clone() for tensor in above.outputs()])
+            with pytest.raises(ArithmeticError):
+                contenders.verify(
+                    task, {"torch nchw": below, name: replace(first, outputs=lambda w=wrong: w)}
+                )
+        # It is more than rounding without a bend.
+        bias = [subject.outputs()[-1] for subject in (below, above)]
+        assert torch.linalg.vector_norm(bias[0] - bias[1]) > 0.01 * torch.linalg.vector_norm(bias[0])
+
+
 def rounded_to_tf32(tensor):
     """To 10 bits behind the point."""
     bits = tensor.view(torch.int32)
