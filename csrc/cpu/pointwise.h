@@ -60,10 +60,9 @@ struct Product {
 };
 
 // Whether A and B are asked for a block ahead, of the second cache, where both lie. 14 x 2 vectors of 64 bytes take 184
-// bytes in 14 cycles of two FMAs, more than the hardware's own prefetching keeps up with: on a Xeon with 2 MB a depth
-// of 736 went from 88 to 94 % of the peak, and with an instruction of its own for each line MobileNetV1 gained 1 %,
-// Xception
-// 5. Vectors of 32 bytes take half as many a cycle, and gained next to nothing.
+// bytes in 14 cycles of two FMAs, more than the hardware's own prefetching keeps up with: on a Xeon with 2 MB a tile of
+// depth 736 went from 88 to 94 % of the peak, MobileNetV1 gained 1 % and Xception 5. Vectors of 32 bytes take half as
+// many a cycle, and gained next to nothing.
 template <class V, int RowStride>
 constexpr bool asks_ahead = RowStride == V::width && sizeof(typename V::Reg) == 64;
 
