@@ -33,14 +33,14 @@ def test_the_inner_loop_is_between_two_visits_of_one_block(path, loop):
 def test_instructions_are_counted_by_function():
     run = arm_trace.Run()
     run.blocks = {0x10: LOOP, 0x20: LOOP[:1], 0x30: LOOP}
-    run.functions = {0x10: "multiply_tile<float>", 0x20: "planar_rows<float>", 0x30: ""}
+    run.functions = {0x10: "multiply_tile<float>", 0x20: "planar_sweep<float>", 0x30: ""}
     run.times.update({0x10: 5, 0x20: 2, 0x30: 100})
     assert run.count("multiply_tile") == (15, 5)
     assert run.count() == (17, 5)
 
 
 # The program's functions: a kernel, another, and what follows them.
-FUNCTIONS = [(0x1000, "multiply_tile<A>"), (0x2000, "planar_rows<A>"), (0x3000, "")]
+FUNCTIONS = [(0x1000, "multiply_tile<A>"), (0x2000, "planar_sweep<A>"), (0x3000, "")]
 
 
 def translated(address, *instructions):
@@ -66,7 +66,7 @@ def test_a_log_gives_blocks_and_how_often_they_ran():
     log += [*translated(0x2000, FMLA, FMLA, "ret      "), executed(0x2000)]
     run = arm_trace.read_log(log, FUNCTIONS)
     assert run.count("multiply_tile") == (4, 2)
-    assert run.count("planar_rows") == (3, 2)
+    assert run.count("planar_sweep") == (3, 2)
     assert run.blocks[0] == [("ldr", "q0, [x0]"), ("fmla", "v1.4s, v0.4s, v2.s[0]")]
     assert run.calls["multiply_tile<A>"] == {(0,): 2}
 
@@ -141,7 +141,7 @@ def test_each_depthwise_tile_has_a_floor_for_each_core():
     assert set(arm_analysis.FLOORS) == set(arm_trace.DEPTHWISE)
     for kind, floors in arm_analysis.FLOORS.items():
         assert len(floors) == len(arm_analysis.CORES), kind
-    assert arm_analysis.least("planar_rows", "neoverse-n1") == arm_analysis.FLOORS["planar_rows"][3] / 100
+    assert arm_analysis.least("planar_sweep", "neoverse-n1") == arm_analysis.FLOORS["planar_sweep"][3] / 100
     assert arm_analysis.least("multiply_tile", "neoverse-n1") == 0.9
 
 

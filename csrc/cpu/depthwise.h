@@ -237,84 +237,6 @@ void channels_last_depthwise(const ChannelsLastRun<typename V::T>& run) {
   channels_last_run<V, Run, 0, 0>(run);
 }
 
-// 3 x 3 without stride or dilation, all taps inside the plane: Run pixels of two neighbouring rows, so that an input
-// vector serves six FMAs instead of three. 8 pixels: 16 sums + 9 weights + 1 input are 26 registers; 40 + 9 loads for
-// 144 FMAs.
-template <class V, int Run>
-FASTSEP_NOINLINE void channels_last_two_rows(const ChannelsLastRun<typename V::T>& run, int64_t output_row_stride) {
-  using T = typename V::T;
-  using Reg = typename V::Reg;
-  constexpr int taps = 3;
-  constexpr T infinity = static_cast<T>(HUGE_VAL);
-  const Reg low = V::set1(run.clamp.low), high = V::set1(run.clamp.high);
-  const int has_high = in_register(static_cast<int>(run.clamp.high < infinity));
-  const int64_t weight_stride = run.weight_stride, row_stride = run.input_row_stride;
-  const int64_t output_stride = run.output_stride, vector_stride = run.output_vector_stride;
-  int64_t offsets[Run + taps - 1];
-  FASTSEP_UNROLL
-  for (int i = 0; i < Run + taps - 1; ++i) offsets[i] = in_register(i * run.input_stride * int64_t(sizeof(T)));
-  const T *input = run.input, *all_weights = run.weight, *start = run.start;
-  T* output = run.output;
-  int64_t channels = run.channels;
-  // Pointers that walk, out of the compiler's sight: it would keep the offset of each step, more than there are
-  // registers for.
-  for (; channels >= V::width; channels -= V::width) {
-    Reg weights[taps * taps], acc[2][Run];
-    const T* weight = all_weights;
-    FASTSEP_UNROLL
-    for (int t = 0; t < taps * taps; ++t, weight = in_register(weight + weight_stride)) weights[t] = V::load_at(weight);
-    // Loads, since copies of one register would take FMAs' turns.
-    FASTSEP_UNROLL
-    for (int p = 0; p < Run; ++p, start = in_register(start)) {
-      acc[0][p] = V::load_at(start);
-      start = in_register(start);
-      acc[1][p] = V::load_at(start);
-    }
-    const T* row = input;
-    FASTSEP_UNROLL
-    for (int i = 0; i < taps + 1; ++i, row = in_register(row + row_stride)) {
-      FASTSEP_UNROLL
-      for (int column = 0; column < Run + taps - 1; ++column) {
-        const Reg x = V::in_register(V::load(bytes_on(row, offsets[column])));
-        FASTSEP_UNROLL
-        for (int s = taps - 1; s >= 0; --s) {
-          const int p = column - s;
-          if (p < 0 || p >= Run) continue;
-          if (i < taps) acc[0][p] = V::fma(x, weights[i * taps + s], acc[0][p]);
-          if (i > 0) acc[1][p] = V::fma(x, weights[(i - 1) * taps + s], acc[1][p]);
-        }
-      }
-    }
-    // The minimum that identity and relu do without would take a tenth of the tile's time.
-    if (has_high != 0) {
-      FASTSEP_UNROLL
-      for (int p = 0; p < 2 * Run; ++p) acc[p / Run][p % Run] = V::min(high, acc[p / Run][p % Run]);
-    }
-    FASTSEP_UNROLL
-    for (int o = 0; o < 2; ++o) {
-      T* place = output + o * output_row_stride;
-      FASTSEP_UNROLL
-      for (int p = 0; p < Run; ++p, place = in_register(place + output_stride))
-        V::store_at(place, V::max(low, acc[o][p]));
-    }
-    input += V::width;
-    all_weights += V::width;
-    start += V::width;
-    output += vector_stride;
-  }
-  if (channels == 0) return;
-  ChannelsLastRun<T> rest = run;
-  rest.input = input;
-  rest.weight = all_weights;
-  rest.start = start;
-  rest.output = output;
-  rest.channels = channels;
-  channels_last_depthwise<V, Run>(rest);
-  rest.input += run.input_row_stride;
-  rest.output += output_row_stride;
-  channels_last_depthwise<V, Run>(rest);
-}
-
 // The rows of taps inside the plane: top + r * dilation_h from 0 to height - 1.
 struct TapRows {
   int64_t first, count;
@@ -328,10 +250,9 @@ TapRows tap_rows_inside(const ChannelsLastRow<T>& row) {
   return {first, larger<int64_t>(0, last - first)};
 }
 
-// A row whose taps are neighbours, or whose pixels do not share any. With an output_row_stride also the row below,
-// where all taps of both are inside the plane from top to bottom.
+// A row whose taps are neighbours, or whose pixels do not share any.
 template <class V, int Run>
-void channels_last_pieces(const ChannelsLastRow<typename V::T>& row, int64_t output_row_stride = 0) {
+void channels_last_pieces(const ChannelsLastRow<typename V::T>& row) {
   const TapRows inside = tap_rows_inside(row);
   const int64_t first = inside.first;
   ChannelsLastRun<typename V::T> run;
@@ -360,22 +281,6 @@ void channels_last_pieces(const ChannelsLastRow<typename V::T>& row, int64_t out
     run.input = row.plane + (row.top + first * row.dilation_h) * row.row_stride + left * row.pixel_stride;
     run.start = row.start + from * row.start_stride;
     run.output = row.output + from * row.output_stride;
-    if constexpr (V::large_depthwise_tiles) {
-      if (output_row_stride != 0) {
-        const bool whole = run.column_begin == 0 && run.column_end == needed;
-        if (whole && run.pixels == Run) {
-          channels_last_two_rows<V, Run>(run, output_row_stride);
-          continue;
-        }
-        if (whole && run.pixels == Run - 1) {
-          channels_last_two_rows<V, Run - 1>(run, output_row_stride);
-          continue;
-        }
-        channels_last_depthwise<V, Run>(run);
-        run.input += row.row_stride;
-        run.output += output_row_stride;
-      }
-    }
     channels_last_depthwise<V, Run>(run);
   }
 }
@@ -402,22 +307,16 @@ void channels_last_row(const ChannelsLastRow<typename V::T>& row) {
   }
 }
 
-// Whether channels_last_two_rows() is for this problem.
+// What of a row's channels is left when the whole vectors are done.
 template <class V>
-bool takes_two_rows(const Problem& p) {
-  return V::large_depthwise_tiles && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 &&
-         p.dilation_h == 1 && p.dilation_w == 1;
-}
-
-// Such a problem's row, with a bias to start from, and the one below it.
-template <class V, int Run>
-void channels_last_rows(const ChannelsLastRow<typename V::T>& row, int64_t output_row_stride) {
-  if (row.top >= 0 && row.top + row.taps_h < row.height) return channels_last_pieces<V, Run>(row, output_row_stride);
-  ChannelsLastRow<typename V::T> below = row;
-  below.top += 1;
-  below.output += output_row_stride;
-  channels_last_row<V, Run>(row);
-  channels_last_row<V, Run>(below);
+ChannelsLastRow<typename V::T> behind_whole_vectors(ChannelsLastRow<typename V::T> row) {
+  const int64_t vectors = row.channels / V::width, done = vectors * V::width;
+  row.plane += done;
+  row.channels -= done;
+  row.weight += done;
+  row.start += done;
+  row.output += vectors * row.output_vector_stride;
+  return row;
 }
 
 }  // namespace

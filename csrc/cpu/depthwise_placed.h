@@ -157,18 +157,6 @@ void placed_rows(const ChannelsLastRow<typename V::T>& row, const int64_t* place
     row.stride_w == 1 ? placed_row<V, 5, 1>(placed) : placed_row<V, 5, 2>(placed);
 }
 
-// What is left of the row's channels then.
-template <class V>
-ChannelsLastRow<typename V::T> behind_whole_vectors(ChannelsLastRow<typename V::T> row) {
-  const int64_t vectors = row.channels / V::width, done = vectors * V::width;
-  row.plane += done;
-  row.channels -= done;
-  row.weight += done;
-  row.start += done;
-  row.output += vectors * row.output_vector_stride;
-  return row;
-}
-
 // A row by placed_rows() as far as that takes it, the rest by channels_last_row(); place[p] is p * output_stride.
 template <class V, int Run>
 void placed_or_plain_row(ChannelsLastRow<typename V::T> row, const int64_t* place, bool finite) {

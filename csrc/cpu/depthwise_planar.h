@@ -2,6 +2,7 @@
 #pragma once
 
 #include "activation.h"
+#include "sweep.h"
 #include "vector.h"
 
 namespace fastsep {
@@ -14,6 +15,8 @@ namespace {
 template <class T>
 struct PlanarChannel {
   const T* const* rows;  // one pointer for each input row of the tile, from the first tap of the first output row
+  const T* copies;       // the same rows one behind the other, where stride_h and dilation_h are 1: those outside the
+  int64_t copy_stride;   // plane are zeros there too
   int64_t stride_h, dilation_h;
   int64_t taps_h, taps_w;
   const int64_t* tap_offset;  // [taps_w]
@@ -24,8 +27,9 @@ struct PlanarChannel {
   int64_t output_stride, out_rows, columns;
 };
 
-// Output rows at a time. Where there are registers for it seven, which divides the heights of most networks' planes:
-// 7 x 2 sums + 9 weights + 2 inputs are 25, and 9 x 3 x 2 loads serve 126 FMAs, 0.43 each, instead of 0.5.
+// Output rows at a time, but for sweeps. Where there are registers for it seven, which divides the heights of most
+// networks' planes: 7 x 2 sums + 9 weights + 2 inputs are 25, and 9 x 3 x 2 loads serve 126 FMAs, 0.43 each, instead of
+// 0.5.
 template <class V>
 constexpr int planar_block = V::large_depthwise_tiles ? 7 : 4;
 
@@ -129,6 +133,82 @@ FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
   }
 }
 
+// 3 x 3 without stride or dilation, two output rows or more: Vectors vectors of their columns from `begin` on.
+// 4 vectors: 12 sums + 9 weights + 4 inputs + 2 bounds are 27 registers; 12 loads for 36 FMAs.
+template <class V, int Vectors>
+FASTSEP_NOINLINE void planar_sweep(const PlanarChannel<typename V::T>& channel, int64_t begin) {
+  using T = typename V::T;
+  using Reg = typename V::Reg;
+  constexpr T infinity = static_cast<T>(HUGE_VAL);
+  const Reg low = V::set1(channel.clamp.low), high = V::set1(channel.clamp.high);
+  const int has_high = in_register(static_cast<int>(channel.clamp.high < infinity));
+  const int64_t copy_stride = channel.copy_stride, output_stride = channel.output_stride;
+  const T *x = channel.copies + begin, *start = channel.start;
+  T* output = channel.output + begin;
+  Reg weights[sweep_taps * sweep_taps], acc[3][Vectors];
+  FASTSEP_UNROLL
+  for (int i = 0; i < sweep_taps * sweep_taps; ++i) weights[i] = V::set1(channel.weight[i]);
+  sweep(channel.out_rows, [&](auto turn, auto first, auto last) FASTSEP_INLINE_LAMBDA {
+    if constexpr (first == 0) {
+      // Loads, since copies of one register would take FMAs' turns.
+      FASTSEP_UNROLL
+      for (int v = 0; v < Vectors; ++v, start = in_register(start)) acc[turn][v] = V::load_at(start);
+    }
+    for_each_constant<sweep_taps>([&](auto s) FASTSEP_INLINE_LAMBDA {
+      Reg input[Vectors];
+      const auto load = [&](auto v) FASTSEP_INLINE_LAMBDA { input[v] = V::load_at(x, Constant<s + v * V::width>()); };
+      for_each_constant<Vectors>(load);
+      FASTSEP_UNROLL
+      for (int r = 0; r < sweep_taps; ++r) {
+        if (r < first || r > last) continue;
+        Reg* const sums = acc[(turn + 3 - r) % 3];
+        FASTSEP_UNROLL
+        for (int v = 0; v < Vectors; ++v) sums[v] = V::fma(input[v], weights[r * sweep_taps + s], sums[v]);
+      }
+    });
+    x = in_register(x + copy_stride);
+    if constexpr (last == 2) {
+      Reg* const sums = acc[(turn + 1) % 3];
+      // The minimum that identity and relu do without would take a tenth of the time.
+      if (has_high != 0) {
+        FASTSEP_UNROLL
+        for (int v = 0; v < Vectors; ++v) sums[v] = V::min(high, sums[v]);
+      }
+      FASTSEP_UNROLL
+      for (int v = 0; v < Vectors; ++v)
+        V::store_at(v == 0 ? output : in_register(output + v * V::width), V::max(low, sums[v]));
+      output = in_register(output + output_stride);
+    }
+  });
+}
+
+// Whether planar_sweeps() takes this channel. Two vectors or more, so that sweeps are not too narrow.
+template <class T>
+bool takes_planar_sweeps(const PlanarChannel<T>& channel, int width) {
+  const bool plain = channel.taps_h == 3 && channel.taps_w == 3 && channel.stride_h == 1 && channel.dilation_h == 1 &&
+                     channel.tap_offset[1] == 1 && channel.tap_offset[2] == 2;
+  const bool ends_with_row = channel.columns >= 4 * width || channel.columns % width == 0;
+  return plain && channel.out_rows >= 2 && channel.columns > width &&
+         (ends_with_row || channel.output_stride == channel.columns);
+}
+
+// A row in sweeps of 2 to 4 vectors. The last moves back to end with it; but where there is but one, what that stores
+// behind the end is overwritten by the next row.
+template <class V>
+void planar_sweeps(const PlanarChannel<typename V::T>& channel) {
+  const int64_t vectors = (channel.columns + V::width - 1) / V::width, pieces = (vectors + 3) / 4;
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t first = cut(vectors, pieces, piece), count = cut(vectors, pieces, piece + 1) - first;
+    const int64_t begin = larger<int64_t>(0, smaller(first * V::width, channel.columns - count * V::width));
+    if (count == 4)
+      planar_sweep<V, 4>(channel, begin);
+    else if (count == 3)
+      planar_sweep<V, 3>(channel, begin);
+    else
+      planar_sweep<V, 2>(channel, begin);
+  }
+}
+
 // The same with every tap tested against the plane: for weights that are not finite, which zeros would turn into NaN.
 template <class T>
 FASTSEP_NOINLINE void planar_depthwise_inside(const PlanarChannel<T>& channel, const T* zeros, int64_t left,
@@ -164,6 +244,9 @@ void planar_rows_for(const PlanarChannel<typename V::T>& channel) {
 
 template <class V>
 void planar_depthwise(const PlanarChannel<typename V::T>& channel) {
+  if constexpr (V::large_depthwise_tiles) {
+    if (takes_planar_sweeps(channel, V::width)) return planar_sweeps<V>(channel);
+  }
   if (channel.taps_h == channel.taps_w && channel.dilation_h == 1) {
     if (channel.stride_h == 1) {
       if (channel.taps_h == 3) return planar_rows_for<V, 3, 1>(channel);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "depthwise_placed.h"
+#include "depthwise_sweep.h"
 #include "kernel.h"
 #include "pointwise.h"
 
@@ -101,7 +102,7 @@ struct ForwardChannelsLast {
     const int64_t below = groups.per_run * elements;  // from a group to that of the row below
     int64_t rows;
     for (int64_t r = 0; r < groups.runs; r += rows, out += (rows - 1) * below) {
-      rows = takes_two_rows<V>(p) && r + 1 < groups.runs ? 2 : 1;
+      rows = takes_sweeps<V>(p) ? groups.runs : 1;
       for (int64_t g = 0; g < groups.per_run; ++g, out += elements) {
         const int64_t begin = groups.begin(g), end = groups.begin(g + 1);
         for (int64_t pixel = begin; pixel < end; pixel += row.pixels) {
@@ -110,8 +111,8 @@ struct ForwardChannelsLast {
           row.left = (tile.column_begin + column) * p.stride_w - p.pad_left;
           row.pixels = smaller(columns - column, end - pixel);
           row.output = out + (pixel - begin) * V::width;
-          if (rows == 2)
-            channels_last_rows<V, Run>(row, below);
+          if (rows > 1)
+            channels_last_rows<V, Run>(row, rows, below);
           else
             channels_last_row<V, Run>(row);
         }
@@ -131,7 +132,7 @@ struct ForwardChannelsLast {
     const bool finite = all_finite<V>(weight, p.multiplier * p.kernel_h * p.kernel_w * plan.layout.padded_channels);
     int64_t rows;
     for (int64_t oy = tile.row_begin; oy < tile.row_end; oy += rows) {
-      rows = takes_two_rows<V>(p) && p.multiplier == 1 && oy + 1 < tile.row_end ? 2 : 1;
+      rows = takes_sweeps<V>(p) && p.multiplier == 1 ? tile.row_end - oy : 1;
       T* const output = static_cast<T*>(plan.output) +
                         ((tile.image * plan.out_height + oy) * plan.out_width + tile.column_begin) * depth;
       T* const filtered = p.multiplier == 1 ? output : filter_row;
@@ -144,8 +145,8 @@ struct ForwardChannelsLast {
         row.output_stride = p.channels;
         row.output_vector_stride = V::width;
         row.whole_vectors = false;
-        if (rows == 2)
-          channels_last_rows<V, Run>(row, below);
+        if (rows > 1)
+          channels_last_rows<V, Run>(row, rows, below);
         else
           placed_or_plain_row<V, Run>(row, place, finite);
         if (p.multiplier > 1)

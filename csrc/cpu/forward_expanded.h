@@ -203,12 +203,12 @@ struct ForwardExpanded {
     const bool finite = all_finite<V>(row.weight, row.channels, p.kernel_h * p.kernel_w, row.weight_stride);
     int64_t rows;
     for (int64_t oy = band.row_begin; oy < band.row_end; oy += rows) {
-      rows = takes_two_rows<V>(p) && oy + 1 < band.row_end ? 2 : 1;
+      rows = takes_sweeps<V>(p) ? smaller(most_sweep_rows, band.row_end - oy) : 1;
       before(oy + rows - 1);
       row.top = oy * p.stride_h - p.pad_top;
       row.output = output_row(plan, band, oy) + channel;
-      if (rows == 2)
-        channels_last_rows<V, Run>(row, plan.out_width * p.channels);
+      if (rows > 1)
+        channels_last_rows<V, Run>(row, rows, plan.out_width * p.channels);
       else
         placed_or_plain_row<V, Run>(row, place, finite);
     }

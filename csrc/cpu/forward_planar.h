@@ -154,6 +154,7 @@ struct ForwardPlanar {
     channel.taps_h = p.kernel_h;
     channel.taps_w = p.kernel_w;
     channel.tap_offset = tap_offsets;
+    channel.copy_stride = row_elements;
     channel.clamp = clamp_of<T>(p.mid_activation);
     channel.columns = columns;
     T* const start = scratch + layout.start;
@@ -172,6 +173,7 @@ struct ForwardPlanar {
         const bool finite = all_finite<V>(channel.weight, taps);
         for (int64_t phase = 0; phase < layout.row_phases; ++phase) {
           channel.rows = row_pointers + phase * layout.per_row_phase;
+          channel.copies = copies + phase * layout.per_row_phase * row_elements;
           channel.out_rows = (rows - phase + layout.row_phases - 1) / layout.row_phases;
           channel.output = run + phase * columns;
           if (finite)

@@ -3,8 +3,9 @@
 //   channels-last product    8 x 2 sums + 8 broadcast (4 deep) + 4 weights = 28;  64 FMAs for 16 loads
 //   NCHW product             8 x 3 sums + 2 broadcast + 3 pixels           = 29;  24 FMAs for 5 loads
 //   channels-last depthwise  8 sums + 7 weights (7 taps) + 1 input         = 16
-//   channels-last 3 x 3      16 sums (two rows) + 9 weights + 1 input      = 26
-//   NCHW 3 x 3               14 sums (seven rows) + 9 weights + 2 inputs   = 25
+//   channels-last 3 x 3      12 sums (sweep) + 9 weights + 6 inputs + 2    = 29
+//   NCHW 3 x 3               12 sums (sweep) + 9 weights + 4 inputs + 2    = 27
+//   and with a stride        14 sums (seven rows) + 9 weights + 2 inputs   = 25
 //
 // Tiles of the channels-last product on the models of LLVM 22, in FMAs per cycle (benchmarks/arm_analysis.py --tiles):
 //

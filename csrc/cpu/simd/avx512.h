@@ -8,10 +8,10 @@
 //   that is larger, `block` x `block`.
 // * in_register(a) is a, which the compiler may not turn back into a memory operand: GCC would load a value again for
 //   each of its uses.
-// * large_depthwise_tiles: whether 3 x 3 takes two rows of pixels at a time in channels-last, seven rows of two vectors
-//   in NCHW.
+// * large_depthwise_tiles: whether 3 x 3 goes by sweeps (sweep.h), and NCHW by seven rows of two vectors otherwise.
 //   That pays where a load costs as much of the front end as an FMA; on AVX-512 two vectors gained nothing.
-//   There are load_at(p) and store_at(p, a) then, load and store through an address without an offset.
+//   There are load_at(p) and store_at(p, a) then, load and store through an address without an offset, and
+//   load_at(p, Constant<n>), n elements on.
 // * max(a, b) and min(a, b) are NaN where b is; the value that may be NaN goes second.
 // * fma_lane(a, b, lane, c) is a * b[lane] + c; only where has_fma_lane says that it is one instruction.
 // * fma_half(a, b, c) is fma in the first half of the lanes, and anything in the others; only where has_half_fma says

@@ -5,7 +5,7 @@
 //   instruction of its own. So the matrix product loads its broadcast side in whole vectors, see pointwise.h.
 // * No masked loads and stores: a vector of four has three incomplete forms, put together from halves and lanes.
 // * LD1 and ST1 know no offset. On Neoverse N1 they are one micro-operation and two where LDR and STR are two and four,
-//   says LLVM's model, and the depthwise tile, whose pointers walk, takes a fifth less time by them.
+//   says LLVM's model, so the depthwise sweeps' pointers walk. LDUR, whose offset is a constant, is one there too.
 // * FMAX and FMIN give NaN where either side is.
 #pragma once
 
@@ -47,6 +47,14 @@ struct Vec<float> {
     asm("ld1 {%0.4s}, %1" : "=w"(a) : "Q"(*reinterpret_cast<const T(*)[width]>(p)));
     return a;
   }
+  template <int N>
+  static Reg load_at(const T* p, Constant<N>) {
+    Reg a;
+    asm("ldur %q0, [%1, %2]"
+        : "=w"(a)
+        : "r"(p), "i"(N * int(sizeof(T))), "Q"(*reinterpret_cast<const T(*)[N + width]>(p)));
+    return a;
+  }
   static void store_at(T* p, Reg a) { asm("st1 {%1.4s}, %0" : "=Q"(*reinterpret_cast<T(*)[width]>(p)) : "w"(a)); }
   static void store_n(T* p, Reg a, int n) {
     if (n >= width) return store(p, a);
@@ -60,8 +68,7 @@ struct Vec<float> {
   static Reg sub(Reg a, Reg b) { return vsubq_f32(a, b); }
   static Reg mul(Reg a, Reg b) { return vmulq_f32(a, b); }
   static Reg div(Reg a, Reg b) { return vdivq_f32(a, b); }
-  // As vfmaq_f32 and vfmaq_laneq_f32, of which GCC makes copies: 23 in the two rows of 3 x 3, 10 in the product's loop
-  // of 7 x 2, for 56 FMAs.
+  // As vfmaq_f32 and vfmaq_laneq_f32, of which GCC makes copies: 10 in the product's loop of 7 x 2, for 56 FMAs.
   static Reg fma(Reg a, Reg b, Reg c) {
     asm("fmla %0.4s, %1.4s, %2.4s" : "+w"(c) : "w"(a), "w"(b));
     return c;
@@ -119,6 +126,14 @@ struct Vec<double> {
   static Reg load_at(const T* p) {
     Reg a;
     asm("ld1 {%0.2d}, %1" : "=w"(a) : "Q"(*reinterpret_cast<const T(*)[width]>(p)));
+    return a;
+  }
+  template <int N>
+  static Reg load_at(const T* p, Constant<N>) {
+    Reg a;
+    asm("ldur %q0, [%1, %2]"
+        : "=w"(a)
+        : "r"(p), "i"(N * int(sizeof(T))), "Q"(*reinterpret_cast<const T(*)[N + width]>(p)));
     return a;
   }
   static void store_at(T* p, Reg a) { asm("st1 {%1.2d}, %0" : "=Q"(*reinterpret_cast<T(*)[width]>(p)) : "w"(a)); }
