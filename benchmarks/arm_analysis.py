@@ -13,7 +13,7 @@ executes (arm_trace.py). From that follow
 * whether an inner loop touches the stack, as it would if the register tile were too large.
 
 Red is below its target. It exits with 1 where the product misses one, and where a depthwise tile does worse
-than is recorded here: clamps run on the same units as its FMAs, so on some cores little is left above its target.
+than is recorded here: clamps run on the same units as its FMAs, so some cores leave little above its target.
 
 It needs g++-aarch64-linux-gnu, qemu-user-static and, but for --counts, llvm, best the newest. Which model
 stands for a core is llvm-mca's choice: the table names it, and says "not modelled" where it is another's.
