@@ -32,6 +32,26 @@ Clamp<T> clamp_of(Activation activation) {
   }
 }
 
+// A clamp for sums in registers: V::max(low, ...) of what keep_below_high() leaves. The minimum that identity and relu
+// do without would take a tenth of the depthwise tile's time.
+template <class V>
+struct Bounds {
+  typename V::Reg low, high;
+  int has_high;
+
+  explicit Bounds(const Clamp<typename V::T>& clamp)
+      : low(V::set1(clamp.low)),
+        high(V::set1(clamp.high)),
+        has_high(in_register(static_cast<int>(clamp.high < static_cast<typename V::T>(HUGE_VAL)))) {}
+
+  template <int N>
+  FASTSEP_INLINE void keep_below_high(typename V::Reg* sums, Constant<N>) const {
+    if (has_high == 0) return;
+    FASTSEP_UNROLL
+    for (int i = 0; i < N; ++i) sums[i] = V::min(high, sums[i]);
+  }
+};
+
 inline bool is_clamp(Activation activation) {
   return activation == Activation::identity || activation == Activation::relu || activation == Activation::relu6;
 }

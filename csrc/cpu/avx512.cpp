@@ -3,7 +3,8 @@
 //   channels-last product   14 x 2 sums + 2 weights + 1 broadcast          = 31;  28 FMAs for 16 loads
 //   NCHW product             8 x 3 sums + 3 pixels + 1 broadcast           = 28;  24 FMAs for 11 loads
 //   channels-last depthwise  7 sums + 7 weights (7 taps) + 1 input         = 15
-//   NCHW 3 x 3               4 sums + 9 weights + 1 input                  = 14
+//   NCHW 3 x 3              12 sums (sweep) + 9 weights + 4 inputs + 2     = 27
+//   and with a stride       14 sums (seven rows) + 9 weights + 2 inputs    = 25
 //
 // 14 rows, because planes of 7, 14, 28, 56 and 112 pixels divide by 14 or 7.
 #define FASTSEP_ISA avx512

@@ -122,7 +122,7 @@ template <class V>
 bool takes_placed_rows(const ChannelsLastRow<typename V::T>& row) {
   const int64_t needed = (row.pixels - 1) * row.stride_w + row.taps_w;
   const bool few_taps = (row.taps_w == 1 || row.taps_w == 2) && row.stride_w == 1;
-  return !V::large_depthwise_tiles && (few_taps || row.taps_w == 3 || row.taps_w == 5) && row.dilation_w == 1 &&
+  return !V::sweeps_channels_last && (few_taps || row.taps_w == 3 || row.taps_w == 5) && row.dilation_w == 1 &&
          row.stride_w <= 2 && row.pixels >= shortest_piece && row.channels >= V::width && row.start_stride == 0 &&
          -row.left <= row.taps_w / 2 && row.left + needed - row.width <= row.taps_w / 2;
 }

@@ -29,9 +29,15 @@ struct PlanarChannel {
 
 // Output rows at a time, but for sweeps. Where there are registers for it seven, which divides the heights of most
 // networks' planes: 7 x 2 sums + 9 weights + 2 inputs are 25, and 9 x 3 x 2 loads serve 126 FMAs, 0.43 each, instead of
-// 0.5.
+// 0.5. For 7 x 7 four as elsewhere: GCC would keep some sums in memory, and on AVX-512 take 1.5 times as long.
+template <class V, int Taps>
+constexpr int planar_block = V::large_planar_tiles && Taps < 7 ? 7 : 4;
+
+// The output rows whose input is read for `rows` of them.
 template <class V>
-constexpr int planar_block = V::large_depthwise_tiles ? 7 : 4;
+int64_t planar_rows_read(int64_t rows) {
+  return larger(round_up(rows, planar_block<V, 0>), round_up(rows, planar_block<V, 7>));
+}
 
 // Some output rows of Vectors vectors at a time, so that a weight, and for Taps x Taps with vertical stride StrideH and
 // no dilation also an input vector, is loaded once for several FMAs. Four rows, 3 x 3, stride 1: nine weights resident,
@@ -42,10 +48,8 @@ template <class V, int Taps, int StrideH, int Vectors>
 FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
   using T = typename V::T;
   using Reg = typename V::Reg;
-  constexpr int block = planar_block<V>, span = Vectors * V::width;
-  constexpr T infinity = static_cast<T>(HUGE_VAL);
-  const Reg low = V::set1(channel.clamp.low), high = V::set1(channel.clamp.high);
-  const int has_high = in_register(static_cast<int>(channel.clamp.high < infinity));
+  constexpr int block = planar_block<V, Taps>, span = Vectors * V::width;
+  const Bounds<V> bounds(channel.clamp);
   constexpr int known = Taps > 0 ? Taps * Taps : 1;
   Reg weights[known];
   FASTSEP_UNROLL
@@ -108,21 +112,14 @@ FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
           }
         }
       }
-      // The minimum that identity and relu do without would take a tenth of the tile's time.
-      if (has_high != 0) {
-        FASTSEP_UNROLL
-        for (int b = 0; b < block; ++b) {
-          FASTSEP_UNROLL
-          for (int v = 0; v < Vectors; ++v) acc[b][v] = V::min(high, acc[b][v]);
-        }
-      }
+      bounds.keep_below_high(acc[0], Constant<block * Vectors>());
       const auto store_rows = [&](auto rows_of_block) FASTSEP_INLINE_LAMBDA {
         T* output = in_register(output_rows + x);
         FASTSEP_UNROLL
         for (int b = 0; b < block; ++b, output = in_register(output + output_stride)) {
           if (b >= rows_of_block) break;
           FASTSEP_UNROLL
-          for (int v = 0; v < Vectors; ++v) V::store(output + v * V::width, V::max(low, acc[b][v]));
+          for (int v = 0; v < Vectors; ++v) V::store(output + v * V::width, V::max(bounds.low, acc[b][v]));
         }
       };
       if (count == block)
@@ -139,9 +136,7 @@ template <class V, int Vectors>
 FASTSEP_NOINLINE void planar_sweep(const PlanarChannel<typename V::T>& channel, int64_t begin) {
   using T = typename V::T;
   using Reg = typename V::Reg;
-  constexpr T infinity = static_cast<T>(HUGE_VAL);
-  const Reg low = V::set1(channel.clamp.low), high = V::set1(channel.clamp.high);
-  const int has_high = in_register(static_cast<int>(channel.clamp.high < infinity));
+  const Bounds<V> bounds(channel.clamp);
   const int64_t copy_stride = channel.copy_stride, output_stride = channel.output_stride;
   const T *x = channel.copies + begin, *start = channel.start;
   T* output = channel.output + begin;
@@ -169,14 +164,10 @@ FASTSEP_NOINLINE void planar_sweep(const PlanarChannel<typename V::T>& channel, 
     x = in_register(x + copy_stride);
     if constexpr (last == 2) {
       Reg* const sums = acc[(turn + 1) % 3];
-      // The minimum that identity and relu do without would take a tenth of the time.
-      if (has_high != 0) {
-        FASTSEP_UNROLL
-        for (int v = 0; v < Vectors; ++v) sums[v] = V::min(high, sums[v]);
-      }
+      bounds.keep_below_high(sums, Constant<Vectors>());
       FASTSEP_UNROLL
       for (int v = 0; v < Vectors; ++v)
-        V::store_at(v == 0 ? output : in_register(output + v * V::width), V::max(low, sums[v]));
+        V::store_at(v == 0 ? output : in_register(output + v * V::width), V::max(bounds.low, sums[v]));
       output = in_register(output + output_stride);
     }
   });
@@ -237,14 +228,14 @@ template <class V, int Taps, int StrideH>
 void planar_rows_for(const PlanarChannel<typename V::T>& channel) {
   const bool has_two = channel.columns >= 2 * V::width;
   const bool may_overrun = channel.columns > V::width && channel.output_stride == channel.columns;
-  if ((Taps != 3 || V::large_depthwise_tiles) && (has_two || may_overrun))
+  if ((Taps != 3 || V::large_planar_tiles) && (has_two || may_overrun))
     return planar_rows<V, Taps, StrideH, 2>(channel);
   planar_rows<V, Taps, StrideH, 1>(channel);
 }
 
 template <class V>
 void planar_depthwise(const PlanarChannel<typename V::T>& channel) {
-  if constexpr (V::large_depthwise_tiles) {
+  if constexpr (V::large_planar_tiles) {
     if (takes_planar_sweeps(channel, V::width)) return planar_sweeps<V>(channel);
   }
   if (channel.taps_h == channel.taps_w && channel.dilation_h == 1) {

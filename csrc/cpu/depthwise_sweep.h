@@ -17,9 +17,7 @@ FASTSEP_NOINLINE void channels_last_sweep(const ChannelsLastRow<typename V::T>& 
   using T = typename V::T;
   using Reg = typename V::Reg;
   constexpr int columns = Columns + sweep_taps - 1;
-  constexpr T infinity = static_cast<T>(HUGE_VAL);
-  const Reg low = V::set1(row.clamp.low), high = V::set1(row.clamp.high);
-  const int has_high = in_register(static_cast<int>(row.clamp.high < infinity));
+  const Bounds<V> bounds(row.clamp);
   const bool top_inside = row.top >= 0, bottom_inside = row.top + rows + 1 < row.height;
   const int left_inside = in_register(static_cast<int>(row.left >= 0));
   const int right_inside = in_register(static_cast<int>(row.left + columns <= row.width));
@@ -71,14 +69,10 @@ FASTSEP_NOINLINE void channels_last_sweep(const ChannelsLastRow<typename V::T>& 
       }
       if constexpr (last == 2) {
         Reg* const sums = acc[(turn + 1) % 3];
-        // The minimum that identity and relu do without would take a tenth of the time.
-        if (has_high != 0) {
-          FASTSEP_UNROLL
-          for (int p = 0; p < Columns; ++p) sums[p] = V::min(high, sums[p]);
-        }
+        bounds.keep_below_high(sums, Constant<Columns>());
         FASTSEP_UNROLL
         for (int p = 0; p < Columns; ++p) {
-          V::store_at(place[p], V::max(low, sums[p]));
+          V::store_at(place[p], V::max(bounds.low, sums[p]));
           place[p] = in_register(place[p] + output_row_stride);
         }
       }
@@ -93,7 +87,7 @@ FASTSEP_NOINLINE void channels_last_sweep(const ChannelsLastRow<typename V::T>& 
 // Whether channels_last_rows() has something better for this problem than row after row.
 template <class V>
 bool takes_sweeps(const Problem& p) {
-  return V::large_depthwise_tiles && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 &&
+  return V::sweeps_channels_last && p.kernel_h == 3 && p.kernel_w == 3 && p.stride_h == 1 && p.stride_w == 1 &&
          p.dilation_h == 1 && p.dilation_w == 1;
 }
 
@@ -129,7 +123,7 @@ void channels_last_rows(const ChannelsLastRow<typename V::T>& row, int64_t rows,
     ChannelsLastRow<typename V::T> part = row;
     part.top += begin;
     part.output += begin * output_row_stride;
-    if constexpr (V::large_depthwise_tiles) {
+    if constexpr (V::sweeps_channels_last) {
       if (count >= 2 && row.pixels >= least_sweep_columns && row.channels >= V::width && part.top >= -1 &&
           part.top + count + 1 <= row.height && row.left >= -1 && row.left + row.pixels + 1 <= row.width) {
         channels_last_sweeps<V>(part, count, output_row_stride);

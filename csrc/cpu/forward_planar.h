@@ -54,7 +54,7 @@ struct ForwardPlanar {
     // few cache sets.
     layout.stride = round_up(rows * columns, V::width) + V::width;
     if (layout.stride * size % 1024 == 0) layout.stride += 64 / size;
-    const int64_t last_row = round_up(rows, planar_block<V>) - 1;
+    const int64_t last_row = planar_rows_read<V>(rows) - 1;
     layout.row_dilation = smaller(p.dilation_h, last_row * p.stride_h + 1);
     const int64_t reach = (p.kernel_h - 1) * layout.row_dilation + 1;
     layout.row_stride = smaller(p.stride_h, reach);
@@ -64,7 +64,7 @@ struct ForwardPlanar {
     // (A row shorter than a vector is stored over the next one's beginning, so the rows must come in order.)
     if (p.stride_h == 1 && p.dilation_h > 1 && p.dilation_h < rows && columns >= V::width) {
       layout.row_phases = p.dilation_h;
-      layout.per_row_phase = round_up((rows + p.dilation_h - 1) / p.dilation_h, planar_block<V>) + p.kernel_h - 1;
+      layout.per_row_phase = planar_rows_read<V>((rows + p.dilation_h - 1) / p.dilation_h) + p.kernel_h - 1;
       layout.copies = layout.row_phases * layout.per_row_phase;
     }
     layout.phases = smaller(p.stride_w, (p.kernel_w - 1) * p.dilation_w + 1);

@@ -18,7 +18,8 @@ struct Vec<float> {
   using T = float;
   using Reg = __m256;
   static constexpr int width = 8, block = 8;
-  static constexpr bool has_fma_lane = false, has_half_fma = false, large_depthwise_tiles = false;
+  static constexpr bool has_fma_lane = false, has_half_fma = false;
+  static constexpr bool large_planar_tiles = false, sweeps_channels_last = false;
 
   // All ones in the first n lanes.
   static __m256i head(int n) {
@@ -68,7 +69,8 @@ struct Vec<double> {
   using T = double;
   using Reg = __m256d;
   static constexpr int width = 4, block = 4;
-  static constexpr bool has_fma_lane = false, has_half_fma = false, large_depthwise_tiles = false;
+  static constexpr bool has_fma_lane = false, has_half_fma = false;
+  static constexpr bool large_planar_tiles = false, sweeps_channels_last = false;
 
   static __m256i head(int n) { return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3)); }
 

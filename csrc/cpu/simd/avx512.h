@@ -8,10 +8,12 @@
 //   that is larger, `block` x `block`.
 // * in_register(a) is a, which the compiler may not turn back into a memory operand: GCC would load a value again for
 //   each of its uses.
-// * large_depthwise_tiles: whether 3 x 3 goes by sweeps (sweep.h), and NCHW by seven rows of two vectors otherwise.
-//   That pays where a load costs as much of the front end as an FMA; on AVX-512 two vectors gained nothing.
-//   There are load_at(p) and store_at(p, a) then, load and store through an address without an offset, and
-//   load_at(p, Constant<n>), n elements on.
+// * large_planar_tiles: whether 3 x 3 in NCHW goes by sweeps (sweep.h), and what else by seven rows of two vectors.
+//   On Intel's AVX-512 that is 4 to 13 % of the depthwise half, where most loads are across two cache lines.
+// * sweeps_channels_last: whether it does so in channels-last. That pays where a load costs as much of the front end as
+//   an FMA. On AVX-512 planes of 14 to 112 pixels gained a tenth, of 7 and 19 lost a twentieth, whole networks nothing.
+// * load_at(p) and store_at(p, a) are load and store through an address without an offset, load_at(p, Constant<n>) is
+//   load(p + n), for where the compiler's choice costs more. Where sweeps are not taken there is no need for them.
 // * max(a, b) and min(a, b) are NaN where b is; the value that may be NaN goes second.
 // * fma_lane(a, b, lane, c) is a * b[lane] + c; only where has_fma_lane says that it is one instruction.
 // * fma_half(a, b, c) is fma in the first half of the lanes, and anything in the others; only where has_half_fma says
@@ -43,7 +45,8 @@ struct Vec<float> {
   using T = float;
   using Reg = __m512;
   static constexpr int width = 16, block = 8;
-  static constexpr bool has_fma_lane = false, has_half_fma = true, large_depthwise_tiles = false;
+  static constexpr bool has_fma_lane = false, has_half_fma = true;
+  static constexpr bool large_planar_tiles = true, sweeps_channels_last = false;
 
   static __mmask16 head(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 
@@ -55,6 +58,12 @@ struct Vec<float> {
     return a;
   }
   static void store(T* p, Reg a) { _mm512_storeu_ps(p, a); }
+  static Reg load_at(const T* p) { return in_register(load(p)); }
+  template <int N>
+  static Reg load_at(const T* p, Constant<N>) {
+    return in_register(load(p + N));
+  }
+  static void store_at(T* p, Reg a) { store(p, a); }
   static void store_n(T* p, Reg a, int n) { _mm512_mask_storeu_ps(p, head(n), a); }
   static void store_n(T* p, Reg a, Constant<width>) { store(p, a); }
   static Reg set1(T a) { return _mm512_set1_ps(a); }
@@ -91,7 +100,8 @@ struct Vec<double> {
   using T = double;
   using Reg = __m512d;
   static constexpr int width = 8, block = 4;
-  static constexpr bool has_fma_lane = false, has_half_fma = true, large_depthwise_tiles = false;
+  static constexpr bool has_fma_lane = false, has_half_fma = true;
+  static constexpr bool large_planar_tiles = true, sweeps_channels_last = false;
 
   static __mmask8 head(int n) { return static_cast<__mmask8>((1u << n) - 1u); }
 
@@ -103,6 +113,12 @@ struct Vec<double> {
     return a;
   }
   static void store(T* p, Reg a) { _mm512_storeu_pd(p, a); }
+  static Reg load_at(const T* p) { return in_register(load(p)); }
+  template <int N>
+  static Reg load_at(const T* p, Constant<N>) {
+    return in_register(load(p + N));
+  }
+  static void store_at(T* p, Reg a) { store(p, a); }
   static void store_n(T* p, Reg a, int n) { _mm512_mask_storeu_pd(p, head(n), a); }
   static void store_n(T* p, Reg a, Constant<width>) { store(p, a); }
   static Reg set1(T a) { return _mm512_set1_pd(a); }

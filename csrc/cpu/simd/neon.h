@@ -25,7 +25,8 @@ struct Vec<float> {
   using T = float;
   using Reg = float32x4_t;
   static constexpr int width = 4, block = 4;
-  static constexpr bool has_fma_lane = true, has_half_fma = false, large_depthwise_tiles = true;
+  static constexpr bool has_fma_lane = true, has_half_fma = false;
+  static constexpr bool large_planar_tiles = true, sweeps_channels_last = true;
 
   static Reg load(const T* p) { return vld1q_f32(p); }
   static Reg load_n(const T* p, int n) {
@@ -109,7 +110,8 @@ struct Vec<double> {
   using T = double;
   using Reg = float64x2_t;
   static constexpr int width = 2, block = 4;
-  static constexpr bool has_fma_lane = true, has_half_fma = false, large_depthwise_tiles = true;
+  static constexpr bool has_fma_lane = true, has_half_fma = false;
+  static constexpr bool large_planar_tiles = true, sweeps_channels_last = true;
 
   static Reg load(const T* p) { return vld1q_f64(p); }
   static Reg load_n(const T* p, int n) {

@@ -15,7 +15,8 @@ template <class Element>
 struct Vec {
   using T = Element;
   static constexpr int width = 4, block = 4;
-  static constexpr bool has_fma_lane = false, has_half_fma = false, large_depthwise_tiles = false;
+  static constexpr bool has_fma_lane = false, has_half_fma = false;
+  static constexpr bool large_planar_tiles = false, sweeps_channels_last = false;
   struct Reg {
     T lane[width];
   };
