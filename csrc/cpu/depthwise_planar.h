@@ -49,7 +49,8 @@ FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
   using T = typename V::T;
   using Reg = typename V::Reg;
   constexpr int block = planar_block<V, Taps>, span = Vectors * V::width;
-  const Bounds<V> bounds(channel.clamp);
+  const Reg low = V::set1(channel.clamp.low), high = V::set1(channel.clamp.high);
+  const int is_bounded = has_high(channel.clamp);
   constexpr int known = Taps > 0 ? Taps * Taps : 1;
   Reg weights[known];
   FASTSEP_UNROLL
@@ -112,14 +113,14 @@ FASTSEP_NOINLINE void planar_rows(const PlanarChannel<typename V::T>& channel) {
           }
         }
       }
-      bounds.keep_below_high(acc[0], Constant<block * Vectors>());
+      keep_below<V>(high, is_bounded, acc[0], Constant<block * Vectors>());
       const auto store_rows = [&](auto rows_of_block) FASTSEP_INLINE_LAMBDA {
         T* output = in_register(output_rows + x);
         FASTSEP_UNROLL
         for (int b = 0; b < block; ++b, output = in_register(output + output_stride)) {
           if (b >= rows_of_block) break;
           FASTSEP_UNROLL
-          for (int v = 0; v < Vectors; ++v) V::store(output + v * V::width, V::max(bounds.low, acc[b][v]));
+          for (int v = 0; v < Vectors; ++v) V::store(output + v * V::width, V::max(low, acc[b][v]));
         }
       };
       if (count == block)
@@ -136,7 +137,8 @@ template <class V, int Vectors>
 FASTSEP_NOINLINE void planar_sweep(const PlanarChannel<typename V::T>& channel, int64_t begin) {
   using T = typename V::T;
   using Reg = typename V::Reg;
-  const Bounds<V> bounds(channel.clamp);
+  const Reg low = V::set1(channel.clamp.low), high = V::set1(channel.clamp.high);
+  const int is_bounded = has_high(channel.clamp);
   const int64_t copy_stride = channel.copy_stride, output_stride = channel.output_stride;
   const T *x = channel.copies + begin, *start = channel.start;
   T* output = channel.output + begin;
@@ -164,10 +166,10 @@ FASTSEP_NOINLINE void planar_sweep(const PlanarChannel<typename V::T>& channel, 
     x = in_register(x + copy_stride);
     if constexpr (last == 2) {
       Reg* const sums = acc[(turn + 1) % 3];
-      bounds.keep_below_high(sums, Constant<Vectors>());
+      keep_below<V>(high, is_bounded, sums, Constant<Vectors>());
       FASTSEP_UNROLL
       for (int v = 0; v < Vectors; ++v)
-        V::store_at(v == 0 ? output : in_register(output + v * V::width), V::max(bounds.low, sums[v]));
+        V::store_at(v == 0 ? output : in_register(output + v * V::width), V::max(low, sums[v]));
       output = in_register(output + output_stride);
     }
   });

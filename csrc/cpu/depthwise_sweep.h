@@ -17,7 +17,8 @@ FASTSEP_NOINLINE void channels_last_sweep(const ChannelsLastRow<typename V::T>& 
   using T = typename V::T;
   using Reg = typename V::Reg;
   constexpr int columns = Columns + sweep_taps - 1;
-  const Bounds<V> bounds(row.clamp);
+  const Reg low = V::set1(row.clamp.low), high = V::set1(row.clamp.high);
+  const int is_bounded = has_high(row.clamp);
   const bool top_inside = row.top >= 0, bottom_inside = row.top + rows + 1 < row.height;
   const int left_inside = in_register(static_cast<int>(row.left >= 0));
   const int right_inside = in_register(static_cast<int>(row.left + columns <= row.width));
@@ -69,10 +70,10 @@ FASTSEP_NOINLINE void channels_last_sweep(const ChannelsLastRow<typename V::T>& 
       }
       if constexpr (last == 2) {
         Reg* const sums = acc[(turn + 1) % 3];
-        bounds.keep_below_high(sums, Constant<Columns>());
+        keep_below<V>(high, is_bounded, sums, Constant<Columns>());
         FASTSEP_UNROLL
         for (int p = 0; p < Columns; ++p) {
-          V::store_at(place[p], V::max(bounds.low, sums[p]));
+          V::store_at(place[p], V::max(low, sums[p]));
           place[p] = in_register(place[p] + output_row_stride);
         }
       }
