@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PRODUCT, DEPTHWISE = "multiply_tile", ("channels_last_run", "channels_last_sweep", "planar_sweep")
+PRODUCT, DEPTHWISE = "multiply_tile", ("channels_last_sweep", "planar_sweep")
 
 Instruction = tuple[str, str]  # its name and operands
 Path_ = tuple[int, ...]  # the blocks that a call went through, by their numbers

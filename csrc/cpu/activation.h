@@ -32,8 +32,7 @@ Clamp<T> clamp_of(Activation activation) {
   }
 }
 
-// Whether there is anything to be kept below, for keep_below(). As a number in a register: GCC would test it once for
-// all, in two copies of the code.
+// Whether there is anything to be kept below, for keep_below(), in a register for all of a loop.
 template <class T>
 FASTSEP_INLINE int has_high(const Clamp<T>& clamp) {
   return in_register(static_cast<int>(clamp.high < static_cast<T>(HUGE_VAL)));
@@ -41,8 +40,8 @@ FASTSEP_INLINE int has_high(const Clamp<T>& clamp) {
 
 // The minimum that identity and relu do without: it would take a tenth of the depthwise tile's time.
 template <class V, int N>
-FASTSEP_INLINE void keep_below(typename V::Reg high, int has_high, typename V::Reg* sums, Constant<N>) {
-  if (has_high == 0) return;
+FASTSEP_INLINE void keep_below(typename V::Reg high, int is_bounded, typename V::Reg* sums, Constant<N>) {
+  if (is_bounded == 0) return;
   FASTSEP_UNROLL
   for (int i = 0; i < N; ++i) sums[i] = V::min(high, sums[i]);
 }

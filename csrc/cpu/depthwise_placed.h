@@ -116,8 +116,7 @@ bool all_finite(const typename V::T* weight, int64_t count, int64_t rows = 1, in
   return total == T(0);
 }
 
-// Whether placed_rows() takes rows like this one, weights aside. Two rows at a time, where there are registers enough
-// for that, are better.
+// Whether placed_rows() takes rows like this one, weights aside. Not where 3 x 3 goes by sweeps.
 template <class V>
 bool takes_placed_rows(const ChannelsLastRow<typename V::T>& row) {
   const int64_t needed = (row.pixels - 1) * row.stride_w + row.taps_w;

@@ -176,12 +176,12 @@ FASTSEP_NOINLINE void planar_sweep(const PlanarChannel<typename V::T>& channel, 
 }
 
 // Whether planar_sweeps() takes this channel. Two vectors or more, so that sweeps are not too narrow.
-template <class T>
-bool takes_planar_sweeps(const PlanarChannel<T>& channel, int width) {
+template <class V>
+bool takes_planar_sweeps(const PlanarChannel<typename V::T>& channel) {
   const bool plain = channel.taps_h == 3 && channel.taps_w == 3 && channel.stride_h == 1 && channel.dilation_h == 1 &&
                      channel.tap_offset[1] == 1 && channel.tap_offset[2] == 2;
-  const bool ends_with_row = channel.columns >= 4 * width || channel.columns % width == 0;
-  return plain && channel.out_rows >= 2 && channel.columns > width &&
+  const bool ends_with_row = channel.columns >= 4 * V::width || channel.columns % V::width == 0;
+  return plain && channel.out_rows >= 2 && channel.columns > V::width &&
          (ends_with_row || channel.output_stride == channel.columns);
 }
 
@@ -238,7 +238,7 @@ void planar_rows_for(const PlanarChannel<typename V::T>& channel) {
 template <class V>
 void planar_depthwise(const PlanarChannel<typename V::T>& channel) {
   if constexpr (V::large_planar_tiles) {
-    if (takes_planar_sweeps(channel, V::width)) return planar_sweeps<V>(channel);
+    if (takes_planar_sweeps<V>(channel)) return planar_sweeps<V>(channel);
   }
   if (channel.taps_h == channel.taps_w && channel.dilation_h == 1) {
     if (channel.stride_h == 1) {

@@ -111,10 +111,7 @@ struct ForwardChannelsLast {
           row.left = (tile.column_begin + column) * p.stride_w - p.pad_left;
           row.pixels = smaller(columns - column, end - pixel);
           row.output = out + (pixel - begin) * V::width;
-          if (rows > 1)
-            channels_last_rows<V, Run>(row, rows, below);
-          else
-            channels_last_row<V, Run>(row);
+          channels_last_rows<V, Run>(row, rows, below);
         }
       }
     }

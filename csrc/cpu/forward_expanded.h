@@ -203,7 +203,7 @@ struct ForwardExpanded {
     const bool finite = all_finite<V>(row.weight, row.channels, p.kernel_h * p.kernel_w, row.weight_stride);
     int64_t rows;
     for (int64_t oy = band.row_begin; oy < band.row_end; oy += rows) {
-      rows = takes_sweeps<V>(p) ? smaller(most_sweep_rows, band.row_end - oy) : 1;
+      rows = takes_sweeps<V>(p) ? next_sweep(band.row_end - oy) : 1;
       before(oy + rows - 1);
       row.top = oy * p.stride_h - p.pad_top;
       row.output = output_row(plan, band, oy) + channel;

@@ -9,7 +9,7 @@
 // * in_register(a) is a, which the compiler may not turn back into a memory operand: GCC would load a value again for
 //   each of its uses.
 // * large_planar_tiles: whether 3 x 3 in NCHW goes by sweeps (sweep.h), and what else by seven rows of two vectors.
-//   On Intel's AVX-512 that is 4 to 13 % of the depthwise half, where most loads are across two cache lines.
+//   On Intel's AVX-512 that is 2 to 13 % of the depthwise half, where most loads are across two cache lines.
 // * sweeps_channels_last: whether it does so in channels-last. That pays where a load costs as much of the front end as
 //   an FMA. On AVX-512 planes of 14 to 112 pixels gained a tenth, of 7 and 19 lost a twentieth, whole networks nothing.
 // * load_at(p) and store_at(p, a) are load and store through an address without an offset, load_at(p, Constant<n>) is

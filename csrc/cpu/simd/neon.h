@@ -17,6 +17,17 @@ namespace fastsep {
 namespace FASTSEP_ISA {
 namespace {
 
+// LDUR, whose offset is part of the instruction: what stands at p[N].
+template <class Reg, int N, class T>
+FASTSEP_INLINE Reg load_with_offset(const T* p) {
+  constexpr int elements = N + static_cast<int>(sizeof(Reg) / sizeof(T));
+  Reg a;
+  asm("ldur %q0, [%1, %2]"
+      : "=w"(a)
+      : "r"(p), "i"(N * int(sizeof(T))), "Q"(*reinterpret_cast<const T(*)[elements]>(p)));
+  return a;
+}
+
 template <class T>
 struct Vec;
 
@@ -50,11 +61,7 @@ struct Vec<float> {
   }
   template <int N>
   static Reg load_at(const T* p, Constant<N>) {
-    Reg a;
-    asm("ldur %q0, [%1, %2]"
-        : "=w"(a)
-        : "r"(p), "i"(N * int(sizeof(T))), "Q"(*reinterpret_cast<const T(*)[N + width]>(p)));
-    return a;
+    return load_with_offset<Reg, N>(p);
   }
   static void store_at(T* p, Reg a) { asm("st1 {%1.4s}, %0" : "=Q"(*reinterpret_cast<T(*)[width]>(p)) : "w"(a)); }
   static void store_n(T* p, Reg a, int n) {
@@ -132,11 +139,7 @@ struct Vec<double> {
   }
   template <int N>
   static Reg load_at(const T* p, Constant<N>) {
-    Reg a;
-    asm("ldur %q0, [%1, %2]"
-        : "=w"(a)
-        : "r"(p), "i"(N * int(sizeof(T))), "Q"(*reinterpret_cast<const T(*)[N + width]>(p)));
-    return a;
+    return load_with_offset<Reg, N>(p);
   }
   static void store_at(T* p, Reg a) { asm("st1 {%1.2d}, %0" : "=Q"(*reinterpret_cast<T(*)[width]>(p)) : "w"(a)); }
   static void store_n(T* p, Reg a, int n) {
