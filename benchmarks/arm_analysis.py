@@ -48,8 +48,8 @@ CORES = {
 WIDE = list(CORES)[1:]
 # Of the peak, in the inner loop; and instructions of the product per vector FMA, summed over the network.
 PRODUCT_TARGET, DEPTHWISE_TARGET, INSTRUCTIONS_TARGET = 0.90, 0.75, 1.35
-# What depthwise tiles reach on each of CORES, in percent of the peak, by LLVM 23 and GCC 12, less 2; on a wide
-# core not below the target.
+# What depthwise tiles reach on each of CORES, in percent of the peak, by LLVM 23 and GCC 12, less 2; on a
+# wide core not below the target.
 FLOORS = {
     "channels_last_sweep": (42, 88, 75, 75, 80, 93),
     "planar_sweep": (28, 88, 75, 75, 80, 93),
