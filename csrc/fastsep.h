@@ -71,7 +71,7 @@ enum class Status : int32_t {
   ok = 0,
   bad_size,         // a size, stride, dilation or multiplier below 1, a negative padding or batch
   empty_output,     // the dilated kernel is larger than the padded plane
-  overflow,         // a product of sizes does not fit in 63 bits
+  overflow,         // a product of sizes is beyond all memory, or an output of more than 2^31 rows or columns
   bad_enum,         // a dtype, layout or activation outside its enumeration
   bad_expansion,    // an expansion where there is none, see above
   bad_operand,      // a gate or residual where there is none, see above, or without its address

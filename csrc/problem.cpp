@@ -11,13 +11,20 @@ int64_t out_size(int64_t size, int64_t before, int64_t after, int64_t kernel, in
   return room < 0 ? 0 : room / stride + 1;
 }
 
-// A product that remembers whether it has left the range that 8-byte elements can be addressed in.
+// A product of sizes that remembers whether it has left the range in which nothing that kernels form of it overflows: a
+// thread's scratch is less than 2^3 such parts of up to 8 bytes an element, so 2^9 threads take less than 2^63 bytes.
+// No memory holds as many elements.
 class Checked {
  public:
   explicit Checked(int64_t value) : value_(value) {}
   Checked times(int64_t factor) const {
     Checked result = *this;
     if (__builtin_mul_overflow(value_, factor, &result.value_) || result.value_ > limit) result.overflow_ = true;
+    return result;
+  }
+  Checked times(const Checked& factor) const {
+    Checked result = times(factor.value_);
+    result.overflow_ |= factor.overflow_;
     return result;
   }
   Checked plus(int64_t summand) const {
@@ -28,10 +35,13 @@ class Checked {
   bool overflow() const { return overflow_; }
 
  private:
-  static constexpr int64_t limit = INT64_MAX / 64;
+  static constexpr int64_t limit = int64_t{1} << 48;
   int64_t value_;
   bool overflow_ = false;
 };
+
+// A side of the output, whose square is formed.
+constexpr int64_t most_side = int64_t{1} << 31;
 
 // Everything that the kernels form along one axis: the padded size, the reach of the taps, and the copied input of a
 // tile, with room for a block of rows or a vector behind the last tap.
@@ -107,7 +117,8 @@ Status validate_expansion(const Problem& p) {
   if (rows.overflow() || columns.overflow() || patch.overflow()) return Status::overflow;
   const Checked input = Checked(p.batch < 1 ? 1 : p.batch).times(e.channels).times(e.height).times(e.width);
   const Checked patches = Checked(p.height).plus(64).times(p.width).times((e.channels + 64) * e.kernel_h * e.kernel_w);
-  return input.overflow() || patches.overflow() ? Status::overflow : Status::ok;
+  const Checked copied = rows.times(columns).times(e.channels);
+  return input.overflow() || patches.overflow() || copied.overflow() ? Status::overflow : Status::ok;
 }
 
 }  // namespace
@@ -143,15 +154,23 @@ Status validate(const Problem& p) {
   const int64_t padded_channels = p.channels + 64, padded_out_channels = p.out_channels + 64;
   const Checked expand =
       Checked(p.expand.channels + 64).times(padded_channels).times(p.expand.kernel_h + 1).times(p.expand.kernel_w + 1);
-  const Checked input = Checked(batch).times(p.channels).times(p.height).times(p.width);
-  const Checked output = Checked(batch).times(p.out_channels).times(oh).times(ow);
-  const Checked inner = Checked(batch).times(p.channels).times(p.multiplier).times(oh).times(ow);
+  const Checked input = Checked(batch).times(padded_channels).times(p.height).times(p.width);
+  const Checked output = Checked(batch).times(padded_out_channels).times(oh).times(ow);
+  const Checked inner = Checked(batch).times(padded_channels).times(p.multiplier).times(oh).times(ow);
   // The backward pass keeps up to 32 partial sums of each weight.
   const Checked depthwise = Checked(padded_channels).times(p.multiplier).times(p.kernel_h).times(p.kernel_w).times(32);
   const Checked pointwise = Checked(padded_out_channels).times(p.multiplier).times(padded_channels).times(32);
   // The largest scratch: the depthwise output of a whole image, or the copied rows of a plane.
   const Checked tile = Checked(oh).times(ow).plus(4096).times(p.multiplier).times(padded_channels);
-  const Checked copies = Checked(oh).plus(64).times(p.stride_h).plus(reach_h).times(ow + 64 + reach_w);
+  const int64_t phases = p.stride_w < reach_w ? p.stride_w : reach_w;
+  const Checked copies = Checked(oh)
+                             .plus(64)
+                             .times(p.stride_h)
+                             .plus(reach_h)
+                             .plus(64 * p.dilation_h)
+                             .times(Checked(ow).plus(64).times(phases).plus(reach_w));
+  // Where the i-th of n parts begins is size * i / n.
+  if (oh > most_side || ow > most_side) return Status::overflow;
   for (const Checked& product : {input, output, inner, expand, depthwise, pointwise, tile, copies})
     if (product.overflow()) return Status::overflow;
   return Status::ok;

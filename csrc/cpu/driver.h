@@ -5,6 +5,12 @@
 
 namespace fastsep {
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 8; }
+
 // Rounded up, so that what follows begins with a line.
 inline int64_t whole_cache_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 

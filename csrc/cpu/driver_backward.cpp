@@ -1,123 +1,15 @@
-// The backward pass of a problem, cut into units for any number of threads.
+// The backward pass of a problem.
 #include <algorithm>
 #include <cstring>
 
 #include "driver.h"
+#include "plan.h"
 
 namespace fastsep {
 namespace {
 
-// What a band holds at a time: dv, and for one panel x, t, dt and dx. Half of a second-level cache of 512 KB; the
-// panel's weights and their sums stream through the rest.
-constexpr int64_t band_bytes = 256 * 1024;
-
-// Bands of whole images are of at least so many pixels, where the batch has them. For each band the pointwise weights
-// are read and the sums of their gradients read and written, and where planes are small no cache holds them: 12 bytes
-// for 2 FMAs of each pixel. At 96 pixels, with a memory of 20 GB/s and 59 G FMAs/s, that is a fifth of the time of the
-// products.
-constexpr int64_t least_band_pixels = 96;
-
-// As many units as this are enough for any machine's threads; each part costs partial sums.
-constexpr int64_t most_units = 32;
-// With fewer pixels a part's sums, written and read again, cost more than a few hundredths of its products.
-constexpr int64_t least_part_pixels = 256;
-
 // Output channels whose pointwise weights are packed, or whose sums are added up, at a time.
 constexpr int64_t output_chunk = 16;
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t most(int64_t a, int64_t b) { return a < b ? b : a; }
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 8; }
-
-BackwardLayout layout_of(const Problem& p, const Kernel& kernel, int64_t panels_of_sums) {
-  const int64_t line = 64 / element_size(p.dtype), m = p.multiplier, taps = p.kernel_h * p.kernel_w;
-  const auto whole_lines = [&](int64_t elements) { return divide_up(elements, line) * line; };
-  BackwardLayout layout;
-  layout.panel = kernel.shape.vector * kernel.shape.columns;
-  layout.panels = divide_up(p.channels, layout.panel);
-  layout.padded_channels = divide_up(p.channels, kernel.shape.vector) * kernel.shape.vector;
-  layout.depthwise = 0;
-  layout.depthwise_bias = layout.depthwise + whole_lines(m * taps * layout.padded_channels);
-  layout.reversed = layout.depthwise_bias + whole_lines(m * layout.padded_channels);
-  layout.pointwise = layout.reversed + whole_lines(m * taps * layout.padded_channels);
-  layout.zeros = layout.pointwise + layout.panels * m * p.out_channels * layout.panel;
-  layout.zeros = whole_lines(layout.zeros);
-  layout.elements = layout.zeros + whole_lines(layout.panel);
-
-  layout.pointwise_sums = 0;
-  layout.depthwise_sums = layout.pointwise_sums + panels_of_sums * m * p.out_channels * layout.panel;
-  layout.depthwise_bias_sums = layout.depthwise_sums + layout.panels * m * taps * layout.panel;
-  layout.bias_sums = layout.depthwise_bias_sums + layout.panels * m * layout.panel;
-  layout.sums_elements =
-      whole_lines(layout.bias_sums + divide_up(p.out_channels, kernel.shape.vector) * kernel.shape.vector);
-  return layout;
-}
-
-// How the work is shared: part_slots x panel_slots threads.
-struct Grid {
-  int64_t part_slots, panel_slots;
-};
-
-Grid grid_of(const BackwardPlan& plan, int threads) {
-  const Problem& p = plan.problem;
-  // A slot does for its share of the parts: dv (as much as two channels of products) and its panels.
-  const int64_t pack = 2, panel = plan.layout.panel;
-  // The rows of dt that a slot computes again, in panels of one part.
-  const double part_rows = static_cast<double>(p.batch * plan.out_height) / static_cast<double>(plan.parts);
-  const double again = static_cast<double>(plan.halo) / (3 * part_rows);
-  Grid best = {1, 1};
-  double least_cost = 0;
-  for (int64_t part_slots = 1; part_slots <= least(threads, plan.parts); ++part_slots) {
-    const int64_t panel_slots = least(threads / part_slots, plan.layout.panels);
-    const double parts =
-        static_cast<double>(divide_up(plan.parts, part_slots)) + (part_slots > 1 && plan.parts > 1 ? again : 0);
-    const double cost = parts * static_cast<double>(pack + divide_up(plan.layout.panels, panel_slots) * panel);
-    if (least_cost == 0 || cost < least_cost) {
-      least_cost = cost;
-      best = {part_slots, panel_slots};
-    }
-  }
-  return best;
-}
-
-BackwardPlan make_plan(const Problem& p, const Kernel& kernel, const Gradients& gradients) {
-  BackwardPlan plan = {};
-  plan.problem = p;
-  plan.out_height = out_height(p);
-  plan.out_width = out_width(p);
-  plan.gradients = gradients;
-  plan.mid_from_output = derivative_from_output(p.mid_activation);
-  plan.need_inner =
-      gradients.input != nullptr || gradients.depthwise_weight != nullptr || gradients.depthwise_bias != nullptr;
-  plan.halo = gradients.input == nullptr ? 0 : least(plan.out_height, (p.kernel_h - 1) * p.dilation_h / p.stride_h);
-
-  const int64_t rows = p.batch * plan.out_height;
-  const int64_t panel = kernel.shape.vector * kernel.shape.columns, panels = divide_up(p.channels, panel);
-  const int64_t row_bytes = (p.out_channels + 4 * panel) * plan.out_width * element_size(p.dtype);
-  const int64_t fitting_rows = band_bytes / row_bytes;
-  plan.band_rows = most(1, least(plan.out_height, fitting_rows));
-  // The gradient of the depthwise half alone has no use for more than an image at a time.
-  if (p.out_channels > 0 && plan.band_rows == plan.out_height)
-    plan.band_images = least(
-        p.batch, most(fitting_rows / plan.out_height, divide_up(least_band_pixels, plan.out_height * plan.out_width)));
-  if (plan.band_images > 0) plan.halo = 0;
-  const int64_t bands = plan.band_images > 0 ? divide_up(p.batch, plan.band_images) : divide_up(rows, plan.band_rows);
-  const int64_t parts = divide_up(most_units, panels);
-  const int64_t worthwhile = most(1, rows * plan.out_width / least_part_pixels);
-  // Not limited by how many images fit into a band: a band is no longer than its part, and threads want parts.
-  plan.parts = most(1, least(parts, least(worthwhile, plan.band_images > 0 ? p.batch : bands)));
-  // The gradient of the depthwise half alone, channels-last: panels of some rows in turn, of which whole pixels fit.
-  const int64_t whole_row_bytes = p.channels * plan.out_width * element_size(p.dtype);
-  if (p.out_channels == 0 && p.layout == Layout::nhwc)
-    plan.band_rows = least(plan.band_rows, most(2, band_bytes / whole_row_bytes));
-  const bool pointwise = p.out_channels > 0 && gradients.pointwise_weight != nullptr;
-  // Rows of the gradient itself are far apart, so to come back to them many times costs more than to copy the sums.
-  if (pointwise && plan.parts == 1 && rows > 0 && bands <= 2 && p.multiplier == 1)
-    plan.direct_panels = panels - (p.channels % kernel.shape.vector == 0 ? 0 : 1);
-  plan.layout = layout_of(p, kernel, pointwise ? panels - plan.direct_panels : 0);
-  return plan;
-}
 
 template <class T>
 struct BackwardPacking {
@@ -194,33 +86,15 @@ void pack_as(const Problem& problem, const BackwardLayout& layout, const Weights
   run_on(executor, 1 + (pointwise ? divide_up(problem.out_channels, output_chunk) : 0), body, &packing);
 }
 
-// The workspace, in bytes.
-struct Sizes {
-  int64_t packed, sums, scratch;
-};
-
-Sizes sizes_of(const BackwardPlan& plan, const Kernel& kernel, const Grid& grid) {
-  const int64_t size = element_size(plan.problem.dtype);
-  const int64_t panels = divide_up(plan.layout.panels, grid.panel_slots);
-  return {plan.layout.elements * size, plan.parts * plan.layout.sums_elements * size,
-          whole_cache_lines(kernel.backward_scratch_bytes(plan, panels))};
-}
-
 struct Job {
   const BackwardPlan* plan;
   const Kernel* kernel;
-  Grid grid;
   char* scratch;
 };
 
 void run_slot(void* context, int64_t slot) {
   const Job& job = *static_cast<const Job*>(context);
-  const int64_t panel = slot % job.grid.panel_slots, row = slot / job.grid.panel_slots;
-  const BackwardWork work = {part(job.plan->parts, job.grid.part_slots, row),
-                             part(job.plan->parts, job.grid.part_slots, row + 1),
-                             part(job.plan->layout.panels, job.grid.panel_slots, panel),
-                             part(job.plan->layout.panels, job.grid.panel_slots, panel + 1)};
-  job.kernel->backward_work(*job.plan, work, job.scratch + slot * job.plan->scratch_bytes);
+  job.kernel->backward_work(*job.plan, work_of(*job.plan, slot), job.scratch + slot * job.plan->scratch_bytes);
 }
 
 void finish_panel(void* context, int64_t index) {
@@ -289,11 +163,9 @@ size_t backward_size(const Problem& problem, const Kernel& kernel, const Gradien
     rest.input = nullptr;
     if (!any(rest)) return before;
   }
-  const BackwardPlan plan = make_plan(problem, kernel, rest);
-  const Grid grid = grid_of(plan, threads);
-  const Sizes sizes = sizes_of(plan, kernel, grid);
-  return std::max(before,
-                  static_cast<size_t>(sizes.packed + sizes.sums + grid.part_slots * grid.panel_slots * sizes.scratch));
+  const BackwardPlan plan = make_plan(problem, kernel, rest, threads);
+  return std::max(before, static_cast<size_t>(packed_bytes(plan) + sums_bytes(plan)) +
+                              static_cast<size_t>(slot_count(plan) * plan.scratch_bytes));
 }
 
 void run_backward(const Problem& problem, const Kernel& kernel, const void* input, const Weights& weights,
@@ -307,21 +179,18 @@ void run_backward(const Problem& problem, const Kernel& kernel, const void* inpu
     rest.input = nullptr;
     if (!any(rest)) return;
   }
-  BackwardPlan plan = make_plan(problem, kernel, rest);
-  const Grid grid = grid_of(plan, executor.threads);
-  const Sizes sizes = sizes_of(plan, kernel, grid);
+  BackwardPlan plan = make_plan(problem, kernel, rest, executor.threads);
   plan.input = input;
   plan.saved = saved;
   plan.grad_output = grad_output;
   plan.packed = memory;
-  plan.sums = memory + sizes.packed;
-  plan.scratch_bytes = sizes.scratch;
+  plan.sums = memory + packed_bytes(plan);
   if (problem.dtype == Dtype::f32)
     pack_as<float>(problem, plan.layout, weights, plan.need_inner, memory, executor);
   else
     pack_as<double>(problem, plan.layout, weights, plan.need_inner, memory, executor);
-  Job job = {&plan, &kernel, grid, memory + sizes.packed + sizes.sums};
-  run_on(executor, grid.part_slots * grid.panel_slots, run_slot, &job);
+  Job job = {&plan, &kernel, memory + packed_bytes(plan) + sums_bytes(plan)};
+  run_on(executor, slot_count(plan), run_slot, &job);
   run_on(executor, plan.layout.panels + divide_up(problem.out_channels, output_chunk), finish_panel, &job);
 }
 

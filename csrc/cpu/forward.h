@@ -12,7 +12,7 @@ namespace {
 
 template <class V, class Shape>
 int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
-  if (plan.problem.expand.channels > 0) return ForwardExpanded<V, Shape>::scratch_bytes(plan);
+  if (plan.problem.expand.channels > 0) return ForwardExpanded<V, Shape>::scratch_bytes(plan, rows);
   return plan.problem.layout == Layout::nhwc ? ForwardChannelsLast<V, Shape>::scratch_bytes(plan, rows, columns)
                                              : ForwardPlanar<V, Shape>::scratch_bytes(plan, rows, columns);
 }
@@ -68,10 +68,14 @@ FASTSEP_NOINLINE double fma_chain(int64_t rounds) {
 }  // namespace
 }  // namespace FASTSEP_ISA
 
-#define FASTSEP_DEFINE_KERNEL(isa_, dtype_, element, Shape)                                                            \
+#define FASTSEP_DEFINE_KERNEL(isa_, dtype_, element, Shape) \
+  FASTSEP_DEFINE_KERNEL_FOR(isa_, isa_, dtype_, element, Shape)
+
+// In namespace isa_, as the kernel of instruction set for_.
+#define FASTSEP_DEFINE_KERNEL_FOR(for_, isa_, dtype_, element, Shape)                                                  \
   const Kernel separable_##dtype_##_##isa_ = {                                                                         \
       "separable_" #dtype_ "_" #isa_,                                                                                  \
-      Isa::isa_,                                                                                                       \
+      Isa::for_,                                                                                                       \
       Dtype::dtype_,                                                                                                   \
       {isa_::Vec<element>::width, Shape::rows, Shape::columns, Shape::planar_rows, Shape::planar_columns, Shape::run}, \
       isa_::scratch_bytes<isa_::Vec<element>, Shape>,                                                                  \

@@ -21,6 +21,7 @@ struct ForwardChannelsLast {
   using T = typename V::T;
   static constexpr int Rows = Shape::rows, Columns = Shape::columns, Run = Shape::run;
   static constexpr int panel = Columns * V::width;
+  static constexpr int64_t places = int64_t(sizeof(int64_t) / sizeof(T));  // elements that an entry of a table takes
 
   // The pixels of a tile as runs (rows of the plane, or all rows as one where they are short) cut into groups.
   struct Groups {
@@ -35,6 +36,45 @@ struct ForwardChannelsLast {
     const int64_t joined = (rows * columns + Rows - 1) / Rows;
     if (columns == plan.out_width && joined * 8 <= apart * 7) return {1, rows * columns, joined};
     return {rows, columns, apart / rows};
+  }
+
+  // Parts of the scratch of a tile, in elements.
+  struct Layout {
+    Groups groups;  // at the beginning
+    int64_t place;  // the table of place_pixels()
+    int64_t gate;   // the copy of gate_of()
+    int64_t total;
+  };
+
+  static Layout layout_of(const ForwardPlan& plan, int64_t rows, int64_t columns) {
+    Layout layout;
+    layout.groups = groups_of(plan, rows, columns);
+    layout.place = layout.groups.count() * group_elements(plan);
+    layout.gate = layout.place + round_up(layout.groups.pixels() * places, V::width);
+    layout.total = layout.gate + (plan.problem.gate ? plan.layout.padded_channels : 0);
+    return layout;
+  }
+
+  // The same for the depthwise half alone.
+  struct DepthwiseLayout {
+    int64_t place;  // of the pixels of a row
+    int64_t row;    // of one filter of all channels, where they have more
+    int64_t total;
+  };
+
+  static DepthwiseLayout depthwise_layout_of(const Problem& p, int64_t columns) {
+    DepthwiseLayout layout;
+    layout.place = 0;
+    layout.row = layout.place + columns * places;
+    layout.total = layout.row + (p.multiplier > 1 ? columns * p.channels : 0);
+    return layout;
+  }
+
+  static int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
+    const Problem& p = plan.problem;
+    const int64_t total =
+        p.out_channels > 0 ? layout_of(plan, rows, columns).total : depthwise_layout_of(p, columns).total;
+    return total * int64_t(sizeof(T));
   }
 
   static int64_t group_elements(const ForwardPlan& plan) {
@@ -122,8 +162,8 @@ struct ForwardChannelsLast {
     const Problem& p = plan.problem;
     const int64_t columns = tile.column_end - tile.column_begin, depth = p.channels * p.multiplier;
     const int64_t below = plan.out_width * depth;
-    int64_t* const place = reinterpret_cast<int64_t*>(scratch);
-    T* const filter_row = scratch + columns * int64_t(sizeof(int64_t) / sizeof(T));
+    const DepthwiseLayout layout = depthwise_layout_of(p, columns);
+    int64_t* const place = reinterpret_cast<int64_t*>(scratch + layout.place);
     for (int64_t i = 0; i < columns; ++i) place[i] = i * p.channels;
     const T* const weight = packed<T>(plan, plan.layout.depthwise_channels_last);
     const bool finite = all_finite<V>(weight, p.multiplier * p.kernel_h * p.kernel_w * plan.layout.padded_channels);
@@ -132,7 +172,7 @@ struct ForwardChannelsLast {
       rows = takes_sweeps<V>(p) && p.multiplier == 1 ? tile.row_end - oy : 1;
       T* const output = static_cast<T*>(plan.output) +
                         ((tile.image * plan.out_height + oy) * plan.out_width + tile.column_begin) * depth;
-      T* const filtered = p.multiplier == 1 ? output : filter_row;
+      T* const filtered = p.multiplier == 1 ? output : scratch + layout.row;
       for (int64_t filter = 0; filter < p.multiplier; ++filter) {
         ChannelsLastRow<T> row = row_of(plan, tile.image, filter);
         row.top = oy * p.stride_h - p.pad_top;
@@ -157,12 +197,13 @@ struct ForwardChannelsLast {
   static void run(const ForwardPlan& plan, const Tile& tile, T* scratch) {
     const Problem& p = plan.problem;
     if (p.out_channels == 0) return run_depthwise(plan, tile, scratch);
-    const Groups groups = groups_of(plan, tile.row_end - tile.row_begin, tile.column_end - tile.column_begin);
-    int64_t* const place = places_of(plan, groups, scratch);
+    const Layout layout = layout_of(plan, tile.row_end - tile.row_begin, tile.column_end - tile.column_begin);
+    const Groups& groups = layout.groups;
+    int64_t* const place = reinterpret_cast<int64_t*>(scratch + layout.place);
     place_pixels(plan, groups, place);
     for (int64_t filter = 0; filter < p.multiplier; ++filter) {
       ChannelsLastRow<T> row = row_of(plan, tile.image, filter);
-      if (p.gate) row.weight = gate_of(plan, tile.image, scratch + gate_at(plan, groups));
+      if (p.gate) row.weight = gate_of(plan, tile.image, scratch + layout.gate);
       depthwise_tile(plan, tile, groups, row, place, scratch + filter * plan.layout.padded_channels * Rows,
                      [](int64_t) {});
     }
@@ -236,25 +277,6 @@ struct ForwardChannelsLast {
       const int lanes = static_cast<int>(smaller<int64_t>(V::width, channels - k));
       V::store_n(to + k, V::add(V::load_n(to + k, lanes), V::load_n(from + k, lanes)), lanes);
     }
-  }
-
-  // The table of place_pixels(), behind the groups.
-  static int64_t* places_of(const ForwardPlan& plan, const Groups& groups, T* scratch) {
-    return reinterpret_cast<int64_t*>(scratch + groups.count() * group_elements(plan));
-  }
-
-  // The copy of gate_of(), behind the table: in elements.
-  static int64_t gate_at(const ForwardPlan& plan, const Groups& groups) {
-    const int64_t table = groups.pixels() * int64_t(sizeof(int64_t) / sizeof(T));
-    return groups.count() * group_elements(plan) + round_up(table, V::width);
-  }
-
-  static int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows, int64_t columns) {
-    if (plan.problem.out_channels == 0)
-      return columns * (plan.problem.channels * int64_t(sizeof(T)) + int64_t(sizeof(int64_t)));
-    const Groups groups = groups_of(plan, rows, columns);
-    const int64_t gate = plan.problem.gate ? plan.layout.padded_channels : 0;
-    return (gate_at(plan, groups) + gate) * int64_t(sizeof(T));
   }
 };
 

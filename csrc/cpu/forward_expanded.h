@@ -31,11 +31,17 @@ struct ForwardExpanded {
     int64_t input, buffer, kept, groups, total;
   };
 
-  static Layout layout_of(const ForwardPlan& plan) {
+  // How many bands a tile of so many rows is cut into.
+  static int64_t bands_of(const ForwardPlan& plan, int64_t tile_rows) {
+    return (tile_rows + plan.band_rows - 1) / plan.band_rows;
+  }
+
+  static Layout layout_of(const ForwardPlan& plan, int64_t tile_rows) {
     const Problem& p = plan.problem;
     const int64_t reach = (p.kernel_h - 1) * p.dilation_h + 1;
+    const Lengths bands = lengths_of(tile_rows, bands_of(plan, tile_rows));
     Layout layout;
-    layout.rows = smaller(p.height, (plan.band_rows - 1) * p.stride_h + reach);
+    layout.rows = smaller(p.height, (bands.longer - 1) * p.stride_h + reach);
     layout.kept_rows = plan.channel_tiles > 0 ? 0 : smaller(p.height, larger<int64_t>(0, reach - p.stride_h));
     layout.blocks = (expansion_depth(p) + V::width - 1) / V::width;
     layout.by_rows = p.expand.channels * p.expand.stride_w == image_stride;
@@ -47,18 +53,30 @@ struct ForwardExpanded {
       layout.buffer = (layout.rows * p.width + Rows - 1) / Rows * layout.blocks * block;
     layout.kept = layout.buffer + layout.rows * p.width * panel;
     layout.groups = layout.kept + plan.layout.expand_panels * layout.kept_rows * p.width * panel;
-    // In the first of two passes the groups are elsewhere, and here is only where their pixels are.
-    const int64_t groups_bytes = plan.channel_tiles > 0 ? plan.out_height * plan.out_width * int64_t(sizeof(int64_t))
-                                                        : Plain::scratch_bytes(plan, plan.band_rows, plan.out_width);
-    layout.total = layout.groups + groups_bytes / int64_t(sizeof(T));
+    // In the first of two passes the groups are elsewhere, and where the depthwise half is the end there are none: here
+    // is only where their pixels are. A lower band may take more than a higher one, see plan.cpp.
+    if (plan.channel_tiles > 0)
+      layout.total = layout.groups + plan.out_height * plan.out_width * Plain::places;
+    else if (p.out_channels == 0)
+      layout.total = layout.groups + plan.out_width * Plain::places;
+    else
+      layout.total = layout.groups + larger(Plain::layout_of(plan, bands.shorter, plan.out_width).total,
+                                            Plain::layout_of(plan, bands.longer, plan.out_width).total);
     return layout;
   }
 
-  static int64_t shared_bytes(const ForwardPlan& plan) {
-    return Plain::scratch_bytes(plan, plan.out_height, plan.out_width);
+  // The groups of all pixels of an image, which two passes share.
+  static typename Plain::Groups shared_groups_of(const ForwardPlan& plan) {
+    return Plain::groups_of(plan, plan.out_height, plan.out_width);
   }
 
-  static int64_t scratch_bytes(const ForwardPlan& plan) { return layout_of(plan).total * int64_t(sizeof(T)); }
+  static int64_t shared_bytes(const ForwardPlan& plan) {
+    return shared_groups_of(plan).count() * Plain::group_elements(plan) * int64_t(sizeof(T));
+  }
+
+  static int64_t scratch_bytes(const ForwardPlan& plan, int64_t rows) {
+    return layout_of(plan, rows).total * int64_t(sizeof(T));
+  }
 
   // Rows of the plane.
   struct Interval {
@@ -76,8 +94,8 @@ struct ForwardExpanded {
   // The first of two passes: some channels of the depthwise output of an image, in the groups that all channels share.
   static void run_channels(const ForwardPlan& plan, const Tile& tile, T* scratch) {
     const Problem& p = plan.problem;
-    const Layout layout = layout_of(plan);
-    const auto groups = Plain::groups_of(plan, plan.out_height, plan.out_width);
+    const Layout layout = layout_of(plan, plan.out_height);
+    const auto groups = shared_groups_of(plan);
     const Interval seen = seen_by(p, 0, plan.out_height);
     int64_t* const place = reinterpret_cast<int64_t*>(scratch + layout.groups);
     Plain::place_pixels(plan, groups, place);
@@ -100,13 +118,13 @@ struct ForwardExpanded {
       Tile image = tile;
       image.row_begin = 0;
       image.row_end = plan.out_height;
-      const auto groups = Plain::groups_of(plan, plan.out_height, plan.out_width);
+      const auto groups = shared_groups_of(plan);
       return Plain::pointwise_groups(plan, image, groups, shared_of(plan, tile.image),
                                      cut(groups.count(), plan.row_tiles, tile.row_tile),
                                      cut(groups.count(), plan.row_tiles, tile.row_tile + 1));
     }
-    const Layout layout = layout_of(plan);
-    const int64_t rows = tile.row_end - tile.row_begin, bands = (rows + plan.band_rows - 1) / plan.band_rows;
+    const int64_t rows = tile.row_end - tile.row_begin, bands = bands_of(plan, rows);
+    const Layout layout = layout_of(plan, rows);
     Interval kept = {0, 0};
     for (int64_t i = 0; i < bands; ++i) {
       Tile band = tile;
@@ -130,10 +148,11 @@ struct ForwardExpanded {
   static void run_band(const ForwardPlan& plan, const Tile& band, const Layout& layout, const BandRows& rows,
                        T* scratch) {
     const Problem& p = plan.problem;
-    const auto groups = Plain::groups_of(plan, band.row_end - band.row_begin, plan.out_width);
     T* const depthwise = scratch + layout.groups;
-    run_panels(plan, band, layout, rows, place_pixels(plan, groups, depthwise), depthwise, scratch);
-    if (p.out_channels > 0) return Plain::pointwise_tile(plan, band, groups, depthwise);
+    run_panels(plan, band, layout, rows, place_pixels(plan, band, depthwise), depthwise, scratch);
+    if (p.out_channels > 0)
+      return Plain::pointwise_tile(plan, band, Plain::groups_of(plan, band.row_end - band.row_begin, plan.out_width),
+                                   depthwise);
     if (is_clamp(p.mid_activation)) return;
     T* const output = output_row(plan, band, band.row_begin);
     activate<V>(p.mid_activation, output, (band.row_end - band.row_begin) * plan.out_width * p.channels);
@@ -179,10 +198,11 @@ struct ForwardExpanded {
   }
 
   // Where the pixels of the depthwise output stand: of a row of it, or in the groups of a band.
-  static const int64_t* place_pixels(const ForwardPlan& plan, const typename Plain::Groups& groups, T* scratch) {
+  static const int64_t* place_pixels(const ForwardPlan& plan, const Tile& band, T* scratch) {
     if (plan.problem.out_channels > 0) {
-      int64_t* const place = Plain::places_of(plan, groups, scratch);
-      Plain::place_pixels(plan, groups, place);
+      const auto layout = Plain::layout_of(plan, band.row_end - band.row_begin, plan.out_width);
+      int64_t* const place = reinterpret_cast<int64_t*>(scratch + layout.place);
+      Plain::place_pixels(plan, layout.groups, place);
       return place;
     }
     int64_t* const place = reinterpret_cast<int64_t*>(scratch);

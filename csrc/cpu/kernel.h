@@ -108,10 +108,11 @@ struct BackwardPlan {
   int64_t parts, band_rows, band_images;
   // How many rows of dt above a band of rows the input's gradient reaches.
   int64_t halo;
-  int64_t scratch_bytes;  // of one thread
+  int64_t part_slots, panel_slots;  // units of work: of some parts, and of some panels
+  int64_t scratch_bytes;            // of one unit
 };
 
-// One thread's work: consecutive parts, and some panels of input channels.
+// One unit of work: consecutive parts, and some panels of input channels.
 struct BackwardWork {
   int64_t part_begin, part_end;
   int64_t panel_begin, panel_end;
@@ -122,7 +123,8 @@ struct Kernel {
   Isa isa;
   Dtype dtype;
   KernelShape shape;
-  // Scratch that forward_tile needs for a tile of at most rows x columns pixels, in bytes.
+  // The scratch that forward_tile lays out for a tile of rows x columns pixels, in bytes; more pixels may need less. Of
+  // all pixels of an image, where forward_channels comes first: what that lays out, for forward_tile needs none then.
   int64_t (*scratch_bytes)(const ForwardPlan& plan, int64_t rows, int64_t columns);
   // What two passes share, of one image.
   int64_t (*shared_bytes)(const ForwardPlan& plan);
@@ -153,6 +155,12 @@ namespace {  // a copy for each file, see vector.h
 inline int64_t expansion_depth(const Problem& p) {
   return p.expand.channels > 0 ? p.expand.channels * p.expand.kernel_h * p.expand.kernel_w : 0;
 }
+
+// How long the parts are when [0, size) is cut into `parts` as evenly as can be.
+struct Lengths {
+  int64_t shorter, longer;
+};
+inline Lengths lengths_of(int64_t size, int64_t parts) { return {size / parts, (size + parts - 1) / parts}; }
 
 // A part of the packed weights.
 template <class T, class Plan>

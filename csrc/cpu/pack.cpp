@@ -39,8 +39,6 @@ Header header_of(const Problem& p, const Kernel& kernel) {
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-int64_t element_size(Dtype dtype) { return dtype == Dtype::f32 ? 4 : 8; }
-
 template <class T>
 struct Packing {
   const Problem& problem;

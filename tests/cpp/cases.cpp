@@ -14,12 +14,13 @@ namespace {
   std::exit(2);
 }
 
+constexpr const char* activation_names[fastsep::activation_count] = {
+    "identity",    "relu",    "relu6", "leaky_relu", "silu",     "hardswish",
+    "hardsigmoid", "sigmoid", "tanh",  "gelu",       "gelu_tanh"};
+
 fastsep::Activation activation_from_name(const std::string& name) {
-  static const std::vector<std::string> names = {"identity", "relu",      "relu6",       "leaky_relu",
-                                                 "silu",     "hardswish", "hardsigmoid", "sigmoid",
-                                                 "tanh",     "gelu",      "gelu_tanh"};
-  for (size_t i = 0; i < names.size(); ++i)
-    if (names[i] == name) return static_cast<fastsep::Activation>(i);
+  for (int i = 0; i < fastsep::activation_count; ++i)
+    if (activation_names[i] == name) return static_cast<fastsep::Activation>(i);
   fail("unknown activation " + name);
 }
 
@@ -86,6 +87,18 @@ Case parse(const std::string& line) {
 }
 
 }  // namespace
+
+const char* activation_name(fastsep::Activation activation) { return activation_names[static_cast<int>(activation)]; }
+
+fastsep::Problem with_integer_activations(fastsep::Problem p) {
+  const auto exact = [](fastsep::Activation a) {
+    return a == fastsep::Activation::identity || a == fastsep::Activation::relu || a == fastsep::Activation::relu6;
+  };
+  if (!exact(p.mid_activation)) p.mid_activation = fastsep::Activation::relu6;
+  if (!exact(p.activation)) p.activation = fastsep::Activation::identity;
+  if (!exact(p.expand.activation)) p.expand.activation = fastsep::Activation::relu;
+  return p;
+}
 
 std::vector<Case> read_cases(const std::string& path) {
   std::ifstream file(path);

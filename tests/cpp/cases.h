@@ -14,6 +14,12 @@ struct Case {
   bool depthwise_bias, bias;
 };
 
+// As the table has it.
+const char* activation_name(fastsep::Activation activation);
+
+// exp and its kin make no integers; their places take those that do.
+fastsep::Problem with_integer_activations(fastsep::Problem p);
+
 // Ends the program with a message where the table cannot be read.
 std::vector<Case> read_cases(const std::string& path);
 

@@ -33,6 +33,12 @@ class Guarded {
   }
   Guarded(Guarded&& other) noexcept
       : base_(std::exchange(other.base_, nullptr)), data_(other.data_), mapped_(other.mapped_) {}
+  Guarded& operator=(Guarded&& other) noexcept {
+    std::swap(base_, other.base_);
+    std::swap(data_, other.data_);
+    std::swap(mapped_, other.mapped_);
+    return *this;
+  }
   Guarded(const Guarded&) = delete;
   Guarded& operator=(const Guarded&) = delete;
   ~Guarded() {

@@ -21,14 +21,13 @@ extern Tally tally;
 void expect(bool good, const fastsep::Kernel& kernel, const Case& c, const fastsep::Problem& p,
             const std::string& what);
 
-// exp and its kin make no integers; their places take those that do.
-fastsep::Problem with_integer_activations(fastsep::Problem p);
+constexpr unsigned plain_seed = 20240607;
 
 // Memory for `count` numbers between guard pages: drawn ones, small integers or reals in [-1, 1], or NaN.
 template <class T>
 class Numbers {
  public:
-  Numbers(bool integers, Tight tight) : integers_(integers), tight_(tight) {}
+  Numbers(bool integers, Tight tight, unsigned seed = plain_seed) : integers_(integers), tight_(tight), random_(seed) {}
 
   Guarded drawn(int64_t count) {
     Guarded memory(static_cast<size_t>(count) * sizeof(T), tight_, sizeof(T));
@@ -48,7 +47,7 @@ class Numbers {
  private:
   bool integers_;
   Tight tight_;
-  std::mt19937 random_{20240607};
+  std::mt19937 random_;
 };
 
 // A workspace between guard pages, full of NaN: what a kernel does not write there it may not read.

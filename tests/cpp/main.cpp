@@ -20,16 +20,6 @@ void expect(bool good, const Kernel& kernel, const Case& c, const Problem& p, co
             << (p.out_channels == 0 ? " depthwise alone" : "") << ": " << what << "\n  " << c.line << "\n";
 }
 
-Problem with_integer_activations(Problem p) {
-  const auto exact = [](Activation a) {
-    return a == Activation::identity || a == Activation::relu || a == Activation::relu6;
-  };
-  if (!exact(p.mid_activation)) p.mid_activation = Activation::relu6;
-  if (!exact(p.activation)) p.activation = Activation::identity;
-  if (!exact(p.expand.activation)) p.expand.activation = Activation::relu;
-  return p;
-}
-
 namespace {
 
 const Kernel* const kernels[] = {

@@ -5,13 +5,10 @@
 // * equal to the bit for 1, 2, 3 and 7 threads, and for packed and plain weights;
 // * in two passes where the case says so.
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 #include <iostream>
-#include <vector>
 
 #include "cpu/parallel.h"
-#include "harness.h"
+#include "forward_trial.h"
 
 namespace fastsep_tests {
 namespace {
@@ -35,86 +32,50 @@ template <class T>
 struct Run {
   const Kernel& kernel;
   const Case& c;
-  Problem p;
-  bool integers;
-  Tight tight;
-  Numbers<T> numbers{integers, tight};
+  ForwardTrial<T> trial;
   int64_t passes = 0;  // the most that a forward had of packed weights
 
-  int64_t channels() const { return p.out_channels > 0 ? p.out_channels : p.channels * p.multiplier; }
-  int64_t output_size() const { return p.batch * channels() * out_height(p) * out_width(p); }
+  Run(const Kernel& kernel_, const Case& c_, const Problem& p, bool integers, Tight tight)
+      : kernel(kernel_), c(c_), trial(c_, p, integers, tight) {}
 
-  bool forward_on(int threads, const Inputs& input, const Weights& weights, const void* packed, size_t packed_size,
-                  void* output) {
+  bool forward_on(int threads, const void* packed, size_t packed_size, void* output) {
+    const Problem& p = trial.p;
     set_num_threads(threads);
     Counted counted = {current_executor()};
     const Executor executor = counted.get();
     size_t bytes = 0;
     if (workspace_bytes(p, kernel.isa, executor.threads, packed == nullptr, &bytes) != Status::ok) return false;
-    const Guarded workspace = spoilt_workspace(bytes, tight);
+    const Guarded workspace = spoilt_workspace(bytes, trial.tight);
     const Status status =
-        packed == nullptr ? forward_unpacked(p, kernel.isa, input, weights, output, workspace.as(), bytes, executor)
-                          : forward(p, kernel.isa, input, packed, packed_size, output, workspace.as(), bytes, executor);
+        packed == nullptr
+            ? forward_unpacked(p, kernel.isa, trial.inputs, trial.weights, output, workspace.as(), bytes, executor)
+            : forward(p, kernel.isa, trial.inputs, packed, packed_size, output, workspace.as(), bytes, executor);
     if (packed != nullptr) passes = std::max(passes, counted.runs);
     return status == Status::ok;
   }
 
-  void compare_with_oracle(const T* got, const std::vector<double>& oracle, const std::vector<double>& magnitude) {
-    // Rounding: each of the n additions and products of a sum errs by eps of the sum of magnitudes at most; an
-    // activation stretches that by less than 2 (hardswish and silu have slopes up to 1.5) and rounds on its own.
-    const double terms =
-        static_cast<double>(p.kernel_h * p.kernel_w + p.channels * p.multiplier + expansion_depth(p) + 8);
-    const double eps = std::numeric_limits<T>::epsilon();
-    int64_t bad = -1, zeros = 0;
-    for (int64_t i = 0; i < output_size(); ++i) {
-      const double error = std::fabs(static_cast<double>(got[i]) - oracle[i]);
-      zeros += oracle[i] == 0;
-      if (integers ? static_cast<T>(oracle[i]) != got[i] : !(error <= 2 * terms * eps * (magnitude[i] + 1))) bad = i;
-    }
-    expect(bad < 0, kernel, c, p,
-           std::string(integers ? "integers" : "reals") + " differ at " + std::to_string(bad) + ": got " +
-               (bad < 0 ? "" : std::to_string(got[bad]) + " for " + std::to_string(oracle[bad])));
-    if (output_size() > 64) expect(zeros * 10 < output_size() * 9, kernel, c, p, "nearly all zeros: proves nothing");
-  }
-
   void all() {
-    const int64_t depth = p.channels * p.multiplier;
-    const Expansion& e = p.expand;
-    const Guarded input =
-        numbers.drawn(p.batch * (e.channels > 0 ? e.channels * e.height * e.width : p.channels * p.height * p.width));
-    const Guarded expand_weight = numbers.drawn(expansion_depth(p) * p.channels),
-                  expand_bias = numbers.drawn(p.channels);
-    const Guarded depthwise_weight = numbers.drawn(depth * p.kernel_h * p.kernel_w),
-                  depthwise_bias = numbers.drawn(depth);
-    const Guarded pointwise_weight = numbers.drawn(p.out_channels * depth), bias = numbers.drawn(p.out_channels);
-    const Weights weights = {depthwise_weight.as(), c.depthwise_bias ? depthwise_bias.as() : nullptr,
-                             pointwise_weight.as(), c.bias ? bias.as() : nullptr,
-                             expand_weight.as(),    c.bias ? expand_bias.as() : nullptr};
-    // The residual of an expansion is x, as long as no other is named.
-    const Guarded gate = numbers.drawn(p.batch * p.channels), summand = numbers.drawn(output_size());
-    const Inputs inputs(input.as(), p.gate ? gate.as() : nullptr,
-                        p.residual && e.channels == 0 ? summand.as() : nullptr);
-    std::vector<double> oracle(static_cast<size_t>(output_size())), magnitude(oracle.size());
-    reference_forward(p, inputs, weights, oracle.data(), false);
-    reference_forward(p, inputs, weights, magnitude.data(), true);
-
-    const Guarded output = numbers.unwritten(output_size());
-    expect(forward_on(1, inputs, weights, nullptr, 0, output.as()), kernel, c, p, "forward_unpacked refused");
-    compare_with_oracle(output.as<T>(), oracle, magnitude);
-    if (integers) return;  // whose sums are exact in any order
+    const Problem& p = trial.p;
+    trial.ask_oracle();
+    const Guarded output = trial.numbers.unwritten(trial.output_size);
+    expect(forward_on(1, nullptr, 0, output.as()), kernel, c, p, "forward_unpacked refused");
+    const std::string difference = trial.difference(output.as<T>());
+    expect(difference.empty(), kernel, c, p, difference);
+    const auto zeros = std::count(trial.oracle.begin(), trial.oracle.end(), 0.0);
+    if (trial.output_size > 64)
+      expect(zeros * 10 < trial.output_size * 9, kernel, c, p, "nearly all zeros: proves nothing");
+    if (trial.integers) return;  // whose sums are exact in any order
 
     size_t packed_size = 0;
     expect(packed_bytes(p, kernel.isa, &packed_size) == Status::ok, kernel, c, p, "packed_bytes refused");
-    const Guarded packed(packed_size, tight, 64);
-    expect(pack(p, kernel.isa, weights, packed.as(), packed_size, Executor()) == Status::ok, kernel, c, p,
+    const Guarded packed(packed_size, trial.tight, 64);
+    expect(pack(p, kernel.isa, trial.weights, packed.as(), packed_size, Executor()) == Status::ok, kernel, c, p,
            "pack refused");
     for (int threads : {1, 2, 3, 7}) {
-      const Guarded again = numbers.unwritten(output_size());
-      const bool use_packed = threads != 3;
-      expect(forward_on(threads, inputs, weights, use_packed ? packed.as() : nullptr, packed_size, again.as()), kernel,
-             c, p, "forward refused");
-      expect(std::memcmp(output.as(), again.as(), static_cast<size_t>(output_size()) * sizeof(T)) == 0, kernel, c, p,
-             std::to_string(threads) + " threads give other bits");
+      const Guarded again = trial.numbers.unwritten(trial.output_size);
+      expect(forward_on(threads, threads != 3 ? packed.as() : nullptr, packed_size, again.as()), kernel, c, p,
+             "forward refused");
+      expect(trial.same_bits(output, again), kernel, c, p, std::to_string(threads) + " threads give other bits");
     }
     if (p.out_channels > 0 && c.line.find("name=two_passes") != std::string::npos)
       expect(passes == 2, kernel, c, p, "no number of threads took two passes");
@@ -132,9 +93,9 @@ void refused(const char* what, Status wanted, const Problem& p) {
 
 void test_forward(const Kernel& kernel, const Case& c, const Problem& p, bool integers, Tight tight) {
   if (p.dtype == Dtype::f32)
-    Run<float>{kernel, c, p, integers, tight}.all();
+    Run<float>(kernel, c, p, integers, tight).all();
   else
-    Run<double>{kernel, c, p, integers, tight}.all();
+    Run<double>(kernel, c, p, integers, tight).all();
 }
 
 void test_validate(Problem good) {

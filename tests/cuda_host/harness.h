@@ -36,9 +36,6 @@ size_t element_size(fastsep::Dtype dtype);
 // The nearest number of the type.
 double rounded(fastsep::Dtype dtype, double value);
 
-// exp and its kin make no integers; their places take those that do.
-fastsep::Problem with_integer_activations(fastsep::Problem p);
-
 // A tensor between guard pages, and the same numbers in double for the oracle.
 struct Tensor {
   fastsep::Dtype dtype;

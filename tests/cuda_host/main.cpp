@@ -46,15 +46,6 @@ double rounded(Dtype dtype, double value) {
   return single;
 }
 
-Problem with_integer_activations(Problem p) {
-  const auto exact = [](Activation a) {
-    return a == Activation::identity || a == Activation::relu || a == Activation::relu6;
-  };
-  if (!exact(p.mid_activation)) p.mid_activation = Activation::relu6;
-  if (!exact(p.activation)) p.activation = Activation::identity;
-  return p;
-}
-
 double Tensor::at(int64_t index) const {
   if (dtype == Dtype::f32) return memory.as<float>()[index];
   if (dtype == Dtype::f16) return __half2float(memory.as<__half>()[index]);
