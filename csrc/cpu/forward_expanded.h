@@ -241,7 +241,7 @@ struct ForwardExpanded {
     const T* plane = static_cast<const T*>(plan.input) + image * e.height * e.width * e.channels;
     if (layout.by_rows) {
       take_rows(plan, plane, rows, layout, room);
-    } else if (is_1x1(e)) {
+    } else if (is_1x1(plan.problem)) {
       // Pixels of as many channels as a vector has elements are such blocks as they lie.
       if (e.channels == V::width) return plane + rows.begin * e.width * V::width;
       take_pixels(plane + rows.begin * e.width * e.channels, (rows.end - rows.begin) * e.width, e.channels, room);
@@ -251,9 +251,11 @@ struct ForwardExpanded {
     return room;
   }
 
-  // Of the same pixels as the plane.
-  static bool is_1x1(const Expansion& e) {
-    return e.kernel_h * e.kernel_w * e.stride_h * e.stride_w == 1 && e.pad_top == 0 && e.pad_left == 0;
+  // Of the same pixels as the plane: neither more nor fewer, or rows would be of other lengths.
+  static bool is_1x1(const Problem& p) {
+    const Expansion& e = p.expand;
+    return e.kernel_h * e.kernel_w * e.stride_h * e.stride_w == 1 && e.pad_top == 0 && e.pad_left == 0 &&
+           e.height == p.height && e.width == p.width;
   }
 
   // Pixels in blocks of Rows pixels x width; behind the last channel of a block may stand anything.

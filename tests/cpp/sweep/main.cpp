@@ -13,10 +13,12 @@
 #include "../harness.h"
 #include "sweep.h"
 
+#ifdef FASTSEP_HAVE_MODELS
 namespace fastsep {
 extern const Kernel separable_f32_model_avx512, separable_f64_model_avx512;
 extern const Kernel separable_f32_model_neon, separable_f64_model_neon;
 }  // namespace fastsep
+#endif
 
 namespace fastsep_tests {
 
@@ -31,8 +33,11 @@ const Kernel* const all_kernels[] = {
 #include "cpu/kernels.inc"
 #undef FASTSEP_KERNEL
 };
-const Kernel* const models[] = {&separable_f32_model_avx512, &separable_f64_model_avx512, &separable_f32_model_neon,
-                                &separable_f64_model_neon};
+const std::vector<const Kernel*> models = {
+#ifdef FASTSEP_HAVE_MODELS
+    &separable_f32_model_avx512, &separable_f64_model_avx512, &separable_f32_model_neon, &separable_f64_model_neon
+#endif
+};
 
 struct Options {
   double seconds = 30;
