@@ -28,6 +28,10 @@ from fastsep._check import NAMES, error_bound, gradient_bounds, relative_error
 
 MOST_PRODUCTS = 3e7
 
+# torch's gradient of hardsigmoid has 1/6 in float32, also of float64.
+EXACT = {name: activation.forward for name, activation in ACTIVATIONS.items()}
+EXACT["hardsigmoid"] = lambda x: (x + 3).clamp(0, 6) / 6
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -36,12 +40,16 @@ class Trial:
     threads: int
     expand: int = 0  # channels of the block's input
     residual: bool = False
+    gated: bool = False  # squeeze-and-excite before the last convolution
+    stem: bool = False  # the block's first convolution is 3 x 3 by a stride of 2
     frozen: bool = False
     integers: int = 0
 
     def __str__(self) -> str:
         return f"{self.kind} {format_case(self.case)} threads={self.threads}" + "".join(
-            f" {name}={value}" for name in ("expand", "residual", "frozen") if (value := getattr(self, name))
+            f" {name}={value}"
+            for name in ("expand", "residual", "gated", "stem", "frozen")
+            if (value := getattr(self, name))
         )
 
 
@@ -77,7 +85,7 @@ def draw_case(source: random.Random) -> Case:
 
 def products(trial: Trial) -> float:
     case = trial.case
-    plane = case.n * case.h * case.w * case.c * trial.expand
+    plane = case.n * case.h * case.w * case.c * trial.expand * (9 if trial.stem else 1)
     return plane + case.n * case.oh * case.ow * case.c * case.m * (case.kh * case.kw + case.k)
 
 
@@ -88,11 +96,14 @@ def draw_trial(source: random.Random) -> Trial:
         if kind == "block":
             case = replace(trial.case, m=1, db=1, b=1)
             expand = spread(source, 1, 160)
-            if residual := source.random() < 0.5:
+            stem, gated = source.random() < 0.3, source.random() < 0.3
+            if stem:
+                expand = 3
+            if residual := not stem and source.random() < 0.5:
                 # Of the same plane and channels.
                 expand, pads = case.k, {"pt": (case.kh - 1) * case.dh, "pl": (case.kw - 1) * case.dw}
                 case = replace(case, sh=1, sw=1, pb=0, pr=0, **pads)
-            trial = replace(trial, case=case, expand=expand, residual=residual)
+            trial = replace(trial, case=case, expand=expand, residual=residual, gated=gated, stem=stem)
         if trial.case.oh > 0 and trial.case.ow > 0 and products(trial) < MOST_PRODUCTS:
             return trial
 
@@ -105,10 +116,10 @@ def composed(case: Case, tensors: dict[str, Tensor | None], *, linear: bool = Fa
     x, dw, pw, db, b = (tensors[name] for name in NAMES)
     assert x is not None
     assert dw is not None
-    mid, act = (ACTIVATIONS["identity" if linear else name] for name in (case.mid, case.act))
+    mid, act = (EXACT["identity" if linear else name] for name in (case.mid, case.act))
     x = F.pad(x, (case.pl, case.pr, case.pt, case.pb))
-    t = mid.forward(F.conv2d(x, dw, db, (case.sh, case.sw), 0, (case.dh, case.dw), case.c))
-    return t if pw is None else act.forward(F.conv2d(t, pw, b))
+    t = mid(F.conv2d(x, dw, db, (case.sh, case.sw), 0, (case.dh, case.dw), case.c))
+    return t if pw is None else act(F.conv2d(t, pw, b))
 
 
 def layer_of(case: Case, tensors: dict[str, Tensor | None]) -> SeparableConv2d:
@@ -176,12 +187,13 @@ def try_training(trial: Trial, seed: int) -> float:
 
 
 class Block(nn.Module):
-    """An inverted residual."""
+    """An inverted residual, or the first layers of a network."""
 
     def __init__(self, trial: Trial) -> None:
         super().__init__()
         case = trial.case
-        self.expand = nn.Conv2d(trial.expand, case.c, 1)
+        dense = {"kernel_size": 3, "stride": 2, "padding": 1} if trial.stem else {"kernel_size": 1}
+        self.expand = nn.Conv2d(trial.expand, case.c, **dense)
         self.depthwise = nn.Conv2d(
             case.c,
             case.c,
@@ -192,10 +204,14 @@ class Block(nn.Module):
             case.c,
         )
         self.project = nn.Conv2d(case.c, case.k, 1)
-        self.mid, self.residual = ACTIVATIONS[case.mid].forward, trial.residual
+        self.squeeze, self.excite = nn.Conv2d(case.c, 4, 1), nn.Conv2d(4, case.c, 1)
+        self.mid, self.residual, self.gated = ACTIVATIONS[case.mid].forward, trial.residual, trial.gated
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.project(self.mid(self.depthwise(F.relu6(self.expand(x)))))
+        t = self.mid(self.depthwise(F.relu6(self.expand(x))))
+        if self.gated:
+            t = t * torch.sigmoid(self.excite(F.relu(self.squeeze(F.adaptive_avg_pool2d(t, 1)))))
+        y = self.project(t)
         return x + y if self.residual else y
 
 
@@ -209,7 +225,8 @@ def try_block(trial: Trial, seed: int) -> float:
     trial = replace(trial, case=case)
     torch.manual_seed(seed)
     block = Block(trial).to(DTYPES[case.dtype]).eval()
-    x = torch.randn(case.n, trial.expand, case.h, case.w, dtype=DTYPES[case.dtype])
+    scale = 2 if trial.stem else 1
+    x = torch.randn(case.n, trial.expand, case.h * scale, case.w * scale, dtype=DTYPES[case.dtype])
     x = x.contiguous(memory_format=LAYOUTS[case.layout])
     optimized = fastsep.optimize(block)
     with torch.no_grad():
@@ -219,11 +236,17 @@ def try_block(trial: Trial, seed: int) -> float:
         for parameter in sizes.parameters():
             parameter.abs_()
         sizes.mid = ACTIVATIONS["identity"].forward
-        reached = F.conv2d(x.double().abs(), sizes.expand.weight, sizes.expand.bias)
-        magnitude = sizes.project(sizes.depthwise(reached)) + x.double().abs().max()
+        # A gate is less than 1, and errs by as many roundings as what it is made of.
+        inner = sizes.depthwise(sizes.expand(x.double().abs()))
+        if trial.gated:
+            inner = inner * (1 + sizes.excite(sizes.squeeze(inner.mean((2, 3), keepdim=True))))
+        magnitude = sizes.project(inner) + x.double().abs().max()
+    assert trial.gated or fastsep.report(optimized).fused, "nothing was fused"
     for result in results[1:]:
         assert torch.equal(results[0], result), "a later call gives other bits"
-    terms = trial.expand + case.kh * case.kw + case.c + 24
+    terms = trial.expand * (9 if trial.stem else 1) + case.kh * case.kw + case.c + 24
+    if trial.gated:
+        terms += case.c + case.oh * case.ow
     return relative_error(results[0], expected, 2 * terms * torch.finfo(x.dtype).eps * (magnitude + 1))
 
 

@@ -61,7 +61,12 @@ inline Guarded spoilt_workspace(size_t bytes, Tight tight) {
 void test_forward(const fastsep::Kernel& kernel, const Case& c, const fastsep::Problem& p, bool integers, Tight tight);
 void test_backward(const fastsep::Kernel& kernel, const Case& c, const fastsep::Problem& p, bool integers, Tight tight);
 
-void test_series(const fastsep::Kernel& kernel);
+// Images of size x size, and channels beyond the least.
+struct SeriesSize {
+  int64_t batch, size, more;
+  int threads;
+};
+void test_series(const fastsep::Kernel& kernel, const SeriesSize& size);
 
 void test_validate(fastsep::Problem good);
 

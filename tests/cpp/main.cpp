@@ -100,7 +100,8 @@ int run(const Options& options) {
     const int before = tally.checks;
     for (const Case& c : cases)
       for (Layout layout : {Layout::nchw, Layout::nhwc}) run_case(*kernel, c, layout);
-    test_series(*kernel);
+    // A group is as many images as lie in 8 MB: all three of the small ones, some of the large ones.
+    for (const SeriesSize& size : {SeriesSize{3, 9, 0, 3}, {1, 10, 0, 3}, {5, 175, 0, 3}}) test_series(*kernel, size);
     std::cout << kernel->name << ": " << cases.size() << " cases, " << tally.checks - before << " checks" << std::endl;
   }
   if (ran == 0) {

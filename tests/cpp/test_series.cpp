@@ -28,6 +28,13 @@ Problem pair(int64_t batch, int64_t channels, int64_t size, int64_t kernel, int6
   return p;
 }
 
+// One pixel of each plane: its mean, but for the weights.
+Problem mean(int64_t batch, int64_t channels, int64_t size) {
+  Problem p = pair(batch, channels, size, size, 1, 0);
+  p.pad_top = p.pad_bottom = p.pad_left = p.pad_right = 0;
+  return p;
+}
+
 Problem with_residual(Problem p) {
   p.residual = true;
   return p;
@@ -52,57 +59,62 @@ struct Program {
 };
 
 // Two pairs, the mean over each plane, and a product over the batch, for which the images are pixels.
-Program chain(int64_t batch, int64_t size) {
-  const int64_t half = (size + 1) / 2;
-  Problem product = pair(1, 10, 1, 1, 1, 7);
-  product.height = batch;
+Program chain(const SeriesSize& s) {
+  const int64_t half = (s.size + 1) / 2, a = 8 + s.more, b = 12 + s.more, c = 10 + s.more;
+  Problem product = pair(1, c, 1, 1, 1, 7);
+  product.height = s.batch;
   return {"a chain",
           1,
-          {{pair(batch, 8, size, 3, 1, 12), 0, none, none},
-           {pair(batch, 12, size, 3, 2, 10), 1, none, none},
-           {pair(batch, 10, half, half, 1, 0), 2, none, none},
+          {{pair(s.batch, a, s.size, 3, 1, b), 0, none, none},
+           {pair(s.batch, b, s.size, 3, 2, c), 1, none, none},
+           {mean(s.batch, c, half), 2, none, none},
            {product, 3, none, none}}};
 }
 
 // Squeeze-and-excite with a residual: a depthwise result that the mean and the gated product read, a second input that
 // is added in the end, and behind the calls by images one that reads the first result of all images again.
-Program gated(int64_t batch, int64_t size) {
-  Problem whole = pair(1, 10, 1, 1, 1, 10);
-  whole.height = batch * size, whole.width = size;
+Program gated(const SeriesSize& s) {
+  const int64_t a = 8 + s.more, b = 10 + s.more;
+  Problem whole = pair(1, b, 1, 1, 1, b);
+  whole.height = s.batch * s.size, whole.width = s.size;
   return {"squeeze-and-excite",
           2,
-          {{pair(batch, 8, size, 1, 1, 10), 0, none, none},
-           {pair(batch, 10, size, 3, 1, 0), 2, none, none},
-           {pair(batch, 10, size, size, 1, 0), 3, none, none},
-           {pair(batch, 10, 1, 1, 1, 3), 4, none, none},
-           {pair(batch, 3, 1, 1, 1, 10), 5, none, none},
-           {with_gate(with_residual(pair(batch, 10, size, 1, 1, 10))), 3, 6, 2},
-           {with_residual(pair(batch, 10, size, 3, 1, 8)), 7, none, 1},
+          {{pair(s.batch, a, s.size, 1, 1, b), 0, none, none},
+           {pair(s.batch, b, s.size, 3, 1, 0), 2, none, none},
+           {mean(s.batch, b, s.size), 3, none, none},
+           {pair(s.batch, b, 1, 1, 1, 3), 4, none, none},
+           {pair(s.batch, 3, 1, 1, 1, b), 5, none, none},
+           {with_gate(with_residual(pair(s.batch, b, s.size, 1, 1, b))), 3, 6, 2},
+           {with_residual(pair(s.batch, b, s.size, 3, 1, a)), 7, none, 1},
            {with_residual(whole), 2, none, 7}}};
 }
 
 // The units of ShuffleNet: results in turn, in halves of an odd number of channels and whole.
-Program shuffled(int64_t batch, int64_t size) {
-  const auto interleave = [&](int a, int b, int64_t channels, int64_t begin, int64_t end) {
-    return Line{{}, a, b, none, {Dtype::f32, batch, channels, size * size, begin, end}};
+Program shuffled(const SeriesSize& s) {
+  const int64_t a = 8 + s.more, b = 9 + s.more;
+  const auto interleave = [&](int x, int y, int64_t channels, int64_t begin, int64_t end) {
+    return Line{{}, x, y, none, {Dtype::f32, s.batch, channels, s.size * s.size, begin, end}};
   };
   return {"shuffles",
           2,
-          {interleave(0, 1, 8, 0, 8),
-           interleave(0, 1, 8, 8, 16),
-           {pair(batch, 8, size, 3, 1, 9), 3, none, none},
-           {pair(batch, 8, size, 1, 1, 9), 2, none, none},
-           interleave(5, 4, 9, 0, 9),
-           interleave(5, 4, 9, 9, 18),
-           {pair(batch, 9, size, 1, 1, 9), 7, none, none},
-           interleave(6, 8, 9, 0, 18),
-           interleave(6, 8, 9, 3, 4)}};
+          {interleave(0, 1, a, 0, a),
+           interleave(0, 1, a, a, 2 * a),
+           {pair(s.batch, a, s.size, 3, 1, b), 3, none, none},
+           {pair(s.batch, a, s.size, 1, 1, b), 2, none, none},
+           interleave(5, 4, b, 0, b),
+           interleave(5, 4, b, b, 2 * b),
+           {pair(s.batch, b, s.size, 1, 1, b), 7, none, none},
+           interleave(6, 8, b, 0, 2 * b),
+           interleave(6, 8, b, 3, 4)}};
 }
 
 template <class T>
-void test(const Kernel& kernel, Program program, int64_t batch, int64_t size) {
-  const Case c = {
-      program.name + (" of " + std::to_string(batch)) + " images of " + std::to_string(size), {}, false, false};
+void test(const Kernel& kernel, Program program, const SeriesSize& s) {
+  const Case c = {program.name + (" of " + std::to_string(s.batch)) + " images of " + std::to_string(s.size) + ", " +
+                      std::to_string(s.more) + " more channels",
+                  {},
+                  false,
+                  false};
   Numbers<T> numbers(false, Tight::end);
   std::vector<Guarded> packed;
   std::vector<Series::Call> calls;
@@ -166,7 +178,7 @@ void test(const Kernel& kernel, Program program, int64_t batch, int64_t size) {
         wanted.push_back(value);
       const std::vector<Series::Call> part(calls.begin(), calls.begin() + static_cast<std::ptrdiff_t>(count));
       const Series series(part, program.inputs, wanted);
-      for (int threads : {1, 3}) {
+      for (int threads : {1, s.threads}) {
         set_num_threads(threads);
         const Problem& p = program.lines.front().problem;
         size_t bytes = 0;
@@ -192,15 +204,12 @@ void test(const Kernel& kernel, Program program, int64_t batch, int64_t size) {
 
 }  // namespace
 
-void test_series(const Kernel& kernel) {
-  // A group is as many images as lie in 8 MB: all three of the small ones, some of the large ones.
-  for (const auto& [batch, size] : {std::pair<int64_t, int64_t>{3, 9}, {1, 10}, {5, 175}}) {
-    for (const Program& program : {chain(batch, size), gated(batch, size), shuffled(batch, size)}) {
-      if (kernel.dtype == Dtype::f32)
-        test<float>(kernel, program, batch, size);
-      else
-        test<double>(kernel, program, batch, size);
-    }
+void test_series(const Kernel& kernel, const SeriesSize& s) {
+  for (const Program& program : {chain(s), gated(s), shuffled(s)}) {
+    if (kernel.dtype == Dtype::f32)
+      test<float>(kernel, program, s);
+    else
+      test<double>(kernel, program, s);
   }
 }
 

@@ -123,11 +123,20 @@ int64_t try_all_sizes(const std::vector<const Kernel*>& kernels) {
 int64_t try_problems(const std::vector<const Kernel*>& kernels) {
   using clock = std::chrono::steady_clock;
   const auto start = clock::now();
-  const auto left = [&] { return std::chrono::duration<double>(clock::now() - start).count() < options.seconds; };
+  const auto goes_on = [&](int64_t count) {
+    if (options.problem >= 0) return count == 0;
+    return std::chrono::duration<double>(clock::now() - start).count() < options.seconds;
+  };
+  std::vector<const Kernel*> listed;
+  for (const Kernel* kernel : kernels)
+    if (find_kernel(kernel->isa, kernel->dtype) == kernel) listed.push_back(kernel);
   int64_t count = 0;
-  for (number = options.problem >= 0 ? options.problem : 0; options.problem >= 0 ? count == 0 : left();
-       ++number, ++count)
-    try_problem(kernels, seed_of(options.seed, static_cast<uint64_t>(number)));
+  for (number = options.problem >= 0 ? options.problem : 0; goes_on(count); ++number, ++count) {
+    const uint64_t seed = seed_of(options.seed, static_cast<uint64_t>(number));
+    // Models take many times as long: of four problems they get one.
+    const bool with_models = number % 4 == 0 || listed.empty();
+    number % 16 == 15 ? try_series(listed, seed) : try_problem(with_models ? kernels : listed, seed);
+  }
   return count;
 }
 
@@ -146,6 +155,11 @@ int run() {
 }
 
 }  // namespace
+
+// What the tests of the table share with the sweep says what is wrong through this.
+void expect(bool good, const Kernel& kernel, const Case& c, const Problem&, const std::string& what) {
+  if (!good) fail(kernel.name, what + ": " + c.line);
+}
 
 uint64_t seed_of(uint64_t seed, uint64_t number) {
   std::seed_seq sequence{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32), static_cast<uint32_t>(number),

@@ -19,6 +19,9 @@ void fail(const std::string& kernel, const std::string& what);
 // A random problem on every kernel that has its dtype, with some of 1 to 8 threads.
 void try_problem(const std::vector<const fastsep::Kernel*>& kernels, uint64_t seed);
 
+// A random size of the series of test_series.cpp, on kernels of the list, by which a series goes.
+void try_series(const std::vector<const fastsep::Kernel*>& kernels, uint64_t seed);
+
 // Whether each tile of a random problem fits into what is asked for, for `threads` threads; nothing is computed.
 // Returns false where the problem is not valid.
 bool try_sizes(const std::vector<const fastsep::Kernel*>& kernels, uint64_t seed, int threads);
