@@ -156,7 +156,8 @@ inline int64_t expansion_depth(const Problem& p) {
   return p.expand.channels > 0 ? p.expand.channels * p.expand.kernel_h * p.expand.kernel_w : 0;
 }
 
-// How long the parts are when [0, size) is cut into `parts` as evenly as can be.
+// How long the parts are when [0, size) is cut into `parts` as evenly as can be: one of the two, which differ by one at
+// most.
 struct Lengths {
   int64_t shorter, longer;
 };

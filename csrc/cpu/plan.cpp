@@ -2,8 +2,6 @@
 
 #include <unistd.h>
 
-#include <initializer_list>
-
 #include "driver.h"
 
 namespace fastsep {
@@ -156,8 +154,8 @@ void partition(const Kernel& kernel, int threads, ForwardPlan* plan) {
   // sizes that tiles have are asked for.
   const Lengths heights = lengths_of(plan->out_height, plan->row_tiles);
   const Lengths widths = lengths_of(plan->out_width, plan->column_tiles);
-  for (int64_t rows : {heights.shorter, heights.longer})
-    for (int64_t columns : {widths.shorter, widths.longer})
+  for (int64_t rows = heights.shorter; rows <= heights.longer; ++rows)
+    for (int64_t columns = widths.shorter; columns <= widths.longer; ++columns)
       plan->scratch_bytes = most(plan->scratch_bytes, whole_cache_lines(kernel.scratch_bytes(*plan, rows, columns)));
 }
 

@@ -1,6 +1,4 @@
 // How the backward pass of a problem is cut into units for any number of threads.
-#include <initializer_list>
-
 #include "driver.h"
 #include "plan.h"
 
@@ -109,7 +107,7 @@ BackwardPlan make_plan(const Problem& p, const Kernel& kernel, const Gradients& 
   share_out(threads, &plan);
 
   const Lengths slots = lengths_of(plan.layout.panels, plan.panel_slots);
-  for (int64_t slot_panels : {slots.shorter, slots.longer})
+  for (int64_t slot_panels = slots.shorter; slot_panels <= slots.longer; ++slot_panels)
     plan.scratch_bytes = most(plan.scratch_bytes, whole_cache_lines(kernel.backward_scratch_bytes(plan, slot_panels)));
   return plan;
 }
