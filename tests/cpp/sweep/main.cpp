@@ -39,8 +39,12 @@ const std::vector<const Kernel*> models = {
 #endif
 };
 
+// Multiply-adds of one problem at most: a tenth of a second. An emulator takes twenty times as long.
+constexpr double plain_products = 60e6;
+
 struct Options {
   double seconds = 30;
+  double products = plain_products;
   int64_t sizes = 0, problem = -1;
   uint64_t seed = std::random_device()();
   std::vector<std::string> kernels;  // parts of their names; none for all
@@ -51,8 +55,10 @@ int64_t number, failures;
 
 // What to run to see the current problem again.
 std::string replay() {
+  char products[32] = "";
+  if (options.products != plain_products) std::snprintf(products, sizeof products, " --products %g", options.products);
   return (options.sizes > 0 ? "--sizes 1 --seed " : "--seed ") + std::to_string(options.seed) + " --problem " +
-         std::to_string(number);
+         std::to_string(number) + products;
 }
 
 extern "C" void crashed(int signal) {
@@ -96,6 +102,8 @@ bool parse(int argc, char** argv) {
     char* end = argv[i + 1];
     if (key == "--seconds")
       options.seconds = std::strtod(argv[i + 1], &end);
+    else if (key == "--products")
+      options.products = std::strtod(argv[i + 1], &end);
     else if (key == "--sizes")
       options.sizes = std::strtoll(argv[i + 1], &end, 10);
     else if (key == "--seed")
@@ -135,7 +143,7 @@ int64_t try_problems(const std::vector<const Kernel*>& kernels) {
     const uint64_t seed = seed_of(options.seed, static_cast<uint64_t>(number));
     // Models take many times as long: of four problems they get one.
     const bool with_models = number % 4 == 0 || listed.empty();
-    number % 16 == 15 ? try_series(listed, seed) : try_problem(with_models ? kernels : listed, seed);
+    number % 16 == 15 ? try_series(listed, seed) : try_problem(with_models ? kernels : listed, seed, options.products);
   }
   return count;
 }
@@ -181,7 +189,8 @@ void fail(const std::string& kernel, const std::string& what) {
 
 int main(int argc, char** argv) {
   if (!fastsep_tests::parse(argc, argv)) {
-    std::cerr << "usage: fastsep_sweep [--seconds S] [--sizes COUNT] [--seed N] [--problem I] [--kernel NAME] ...\n";
+    std::cerr << "usage: fastsep_sweep [--seconds S] [--products N] [--sizes COUNT] [--seed N] [--problem I] [--kernel "
+                 "NAME] ...\n";
     return 2;
   }
   return fastsep_tests::run();

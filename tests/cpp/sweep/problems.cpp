@@ -12,8 +12,6 @@ namespace {
 
 using namespace fastsep;
 
-constexpr double most_products = 60e6, most_oracle_products = 3e6;
-
 // How one problem is tried.
 struct Choices {
   uint64_t seed;
@@ -196,7 +194,7 @@ void try_series(const std::vector<const Kernel*>& kernels, uint64_t seed) {
   for (const Kernel* kernel : kernels) test_series(*kernel, s);
 }
 
-void try_problem(const std::vector<const Kernel*>& kernels, uint64_t seed) {
+void try_problem(const std::vector<const Kernel*>& kernels, uint64_t seed, double most_products) {
   Choices choices = {};
   choices.seed = seed;
   choices.with_oracle = (seed >> 8) % 2 == 0;
@@ -205,7 +203,8 @@ void try_problem(const std::vector<const Kernel*>& kernels, uint64_t seed) {
   choices.tight = (seed >> 10) % 3 == 0 ? Tight::begin : Tight::end;
   choices.some = static_cast<int>(2 + (seed >> 12) % 7);
   choices.others = static_cast<int>(2 + (seed >> 16) % 7);
-  const Case c = random_case(seed, choices.with_oracle ? most_oracle_products : most_products);
+  // The oracle takes as long for one product as the kernels for twenty.
+  const Case c = random_case(seed, choices.with_oracle ? most_products / 20 : most_products);
   current_line = c.line + (c.problem.layout == Layout::nhwc ? "  # nhwc" : "  # nchw") +
                  (c.problem.dtype == Dtype::f32 ? " f32" : " f64");
   if (c.problem.dtype == Dtype::f32)

@@ -16,8 +16,9 @@ uint64_t seed_of(uint64_t seed, uint64_t number);
 // Counts a failure and says what to run to see it again.
 void fail(const std::string& kernel, const std::string& what);
 
-// A random problem on every kernel that has its dtype, with some of 1 to 8 threads.
-void try_problem(const std::vector<const fastsep::Kernel*>& kernels, uint64_t seed);
+// A random problem of no more than about so many multiply-adds on every kernel that has its dtype, with some of 1 to 8
+// threads.
+void try_problem(const std::vector<const fastsep::Kernel*>& kernels, uint64_t seed, double most_products);
 
 // A random size of the series of test_series.cpp, on kernels of the list, by which a series goes.
 void try_series(const std::vector<const fastsep::Kernel*>& kernels, uint64_t seed);
