@@ -13,6 +13,11 @@
 #include "../harness.h"
 #include "sweep.h"
 
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define FASTSEP_SANITIZED
+#include <sanitizer/common_interface_defs.h>
+#endif
+
 #ifdef FASTSEP_HAVE_MODELS
 namespace fastsep {
 extern const Kernel separable_f32_model_avx512, separable_f64_model_avx512;
@@ -61,12 +66,24 @@ std::string replay() {
          std::to_string(number) + products;
 }
 
-extern "C" void crashed(int signal) {
-  const std::string message =
-      "FAILED with signal " + std::to_string(signal) + ": " + replay() + "\n  " + current_line + "\n";
+void say_where() {
+  const std::string message = "FAILED and ended: " + replay() + "\n  " + current_line + "\n";
   const ssize_t ignored = write(STDERR_FILENO, message.data(), message.size());
-  (void)ignored;
+  static_cast<void>(ignored);
+}
+
+extern "C" void crashed(int) {
+  say_where();
   _exit(1);
+}
+
+// What ends the program is a failure of the current problem.
+void watch_for_crashes() {
+#ifdef FASTSEP_SANITIZED
+  __sanitizer_set_death_callback(say_where);
+#else
+  for (int signal : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT}) ::signal(signal, crashed);
+#endif
 }
 
 // A model that is not like its original would prove nothing.
@@ -151,7 +168,7 @@ int64_t try_problems(const std::vector<const Kernel*>& kernels) {
 int run() {
   const std::vector<const Kernel*> kernels = kernels_of(options);
   if (!models_are_alike() || kernels.empty()) return 1;
-  for (int signal : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT}) ::signal(signal, crashed);
+  watch_for_crashes();
   std::cout << "seed " << options.seed << ", kernels";
   for (const Kernel* kernel : kernels) std::cout << ' ' << kernel->name;
   std::cout << std::endl;
