@@ -13,6 +13,7 @@ import copy
 import random
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -94,15 +95,19 @@ def draw_trial(source: random.Random) -> Trial:
         kind = source.choice(list(TRIALS))
         trial = Trial(kind, draw_case(source), source.randint(1, 8), frozen=source.random() < 0.5)
         if kind == "block":
-            case = replace(trial.case, m=1, db=1, b=1)
+            case = trial.case
+            # One channel is not told from a dense convolution; nn.Conv2d has one padding for both sides.
+            case = replace(case, c=max(case.c, 2), m=1, db=1, b=1, pb=case.pt, pr=case.pl)
             expand = spread(source, 1, 160)
             stem, gated = source.random() < 0.3, source.random() < 0.3
             if stem:
                 expand = 3
-            if residual := not stem and source.random() < 0.5:
-                # Of the same plane and channels.
-                expand, pads = case.k, {"pt": (case.kh - 1) * case.dh, "pl": (case.kw - 1) * case.dw}
-                case = replace(case, sh=1, sw=1, pb=0, pr=0, **pads)
+            reach_h, reach_w = (case.kh - 1) * case.dh, (case.kw - 1) * case.dw
+            even = reach_h % 2 == 0 and reach_w % 2 == 0  # else no padding keeps the plane
+            residual = even and not stem and source.random() < 0.5
+            if residual:
+                h, w = reach_h // 2, reach_w // 2
+                expand, case = case.k, replace(case, sh=1, sw=1, pt=h, pb=h, pl=w, pr=w)
             trial = replace(trial, case=case, expand=expand, residual=residual, gated=gated, stem=stem)
         if trial.case.oh > 0 and trial.case.ow > 0 and products(trial) < MOST_PRODUCTS:
             return trial
@@ -216,13 +221,7 @@ class Block(nn.Module):
 
 
 def try_block(trial: Trial, seed: int) -> float:
-    # nn.Conv2d has one padding for both sides.
-    case = replace(trial.case, pb=trial.case.pt, pr=trial.case.pl)
-    if trial.residual:
-        case = replace(case, pt=case.pt // 2, pl=case.pl // 2)
-        if case.pt * 2 != trial.case.pt or case.pl * 2 != trial.case.pl:
-            return 0  # an even kernel has no such plane
-    trial = replace(trial, case=case)
+    case = trial.case
     torch.manual_seed(seed)
     block = Block(trial).to(DTYPES[case.dtype]).eval()
     scale = 2 if trial.stem else 1
@@ -271,10 +270,14 @@ def main() -> int:
         trial = draw_trial(random.Random(f"{options.seed} {number}"))
         print(f"--seed {options.seed} --trial {number}: {trial}", flush=True)
         torch.set_num_threads(trial.threads)
-        error = TRIALS[trial.kind](trial, number)
-        if error > 1:
+        try:
+            error = TRIALS[trial.kind](trial, number)
+            failure = f"{error:.3g} times its bound" if not error <= 1 else ""  # NaN fails
+        except Exception:
+            failure = traceback.format_exc()
+        if failure:
             failures += 1
-            print(f"FAILED: {error:.3g} times its bound", flush=True)
+            print(f"FAILED: {failure}", flush=True)
         number += 1
         if options.trial is not None:
             break
