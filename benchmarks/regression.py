@@ -1,11 +1,12 @@
 """This checkout against an earlier revision: instructions of three layers, and the times of a network.
 
-    python benchmarks/regression.py [REVISION]
+    python benchmarks/regression.py [--instructions] [REVISION]
 
 REVISION is by default the merge base with main, or the commit before where that is this one. Instructions
 are counted by callgrind, whose counts repeat on the busiest machine: it exits with 1 where they grew by more
 than 3 %, and with 2 where they could not be counted, unless the revision has another contract, for which the
-program that is counted does not compile. Times are shown beside them; on a shared machine they prove nothing.
+program that is counted does not compile. Times are shown beside them, but for --instructions; on a shared
+machine they prove nothing.
 
 callgrind knows no AVX-512, so the kernels counted are those for AVX2. It needs valgrind, cmake, ninja and a
 compiler.
@@ -165,7 +166,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("revision", nargs="?", metavar="REVISION")
-    revision = parser.parse_args().revision
+    parser.add_argument("--instructions", action="store_true", help="only these, and no times")
+    options = parser.parse_args()
+    revision = options.revision
     if revision is None:
         revision = default_revision()
     if not revision:
@@ -191,7 +194,7 @@ def main() -> int:
         try:
             now = build(ROOT, folder / "build_now", module=False)
             try:
-                before = build(source, folder / "build_before", module=True)
+                before = build(source, folder / "build_before", module=not options.instructions)
             except ContractError as error:
                 console.print(f"Not compared: {error}", markup=False)
                 return 0
@@ -199,7 +202,8 @@ def main() -> int:
         except RuntimeError as error:
             print(error, file=sys.stderr)
             return 2
-        times(source, folder, console)
+        if not options.instructions:
+            times(source, folder, console)
     if not passed:
         console.print(f"Instructions grew by more than {ALLOWED:.0%}.")
     return 0 if passed else 1
