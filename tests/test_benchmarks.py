@@ -222,7 +222,7 @@ def test_a_regression_script_without_a_revision():
 def test_the_regression_scripts_help():
     result = run("python benchmarks/regression.py --help")
     assert result.returncode == 0
-    assert "usage: regression.py [-h] [REVISION]" in result.stdout
+    assert "usage: regression.py [-h] [--instructions] [REVISION]" in result.stdout
 
 
 def test_a_regression_script_tells_what_failed(tmp_path):
