@@ -80,7 +80,7 @@ build_fastsep() {
     CMAKE_ARGS="-DFASTSEP_CUDA=OFF \
       -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ \
       -DPython_INCLUDE_DIR=$include/python3.11 -DCMAKE_CXX_FLAGS=-I$include \
-      -DPYTHON_MODULE_EXTENSION=.cpython-311-aarch64-linux-gnu.so" \
+      -DPYTHON_MODULE_EXTENSION=.cpython-311-aarch64-linux-gnu.so ${CMAKE_ARGS:-}" \
     "$folder/host/bin/pip" wheel -q --no-build-isolation --no-deps -w "$folder/wheel" .
   python3.11 -m zipfile -e "$folder"/wheel/fastsep-*-linux_aarch64.whl "$folder/fastsep"
 }
