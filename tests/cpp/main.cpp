@@ -1,8 +1,10 @@
-// Runs every kernel that this processor has over the table of cases; with --share I/N, every N-th from the I-th on.
+// Runs every kernel that this processor has over the table of cases; with --share I/N, every N-th kernel from the I-th
+// on; with --part I/N, every N-th case from the I-th on, and with --parts N a part that is drawn.
 // With --require ISA it fails where those kernels cannot run here, instead of passing the others.
 #include <cstdio>
 #include <cstring>
 #include <iostream>
+#include <random>
 
 #include "harness.h"
 
@@ -54,8 +56,23 @@ void run_case(const Kernel& kernel, const Case& c, Layout layout) {
   }
 }
 
+// Every count-th of a list, from number `index` on, counted from 1.
+struct Part {
+  int index = 1, count = 1;
+
+  bool parse(const char* text) {
+    return std::sscanf(text, "%d/%d", &index, &count) == 2 && index >= 1 && index <= count;
+  }
+  bool draw(const char* text) {
+    if (std::sscanf(text, "%d", &count) != 1 || count < 1) return false;
+    std::random_device device;
+    index = std::uniform_int_distribution<int>(1, count)(device);
+    return true;
+  }
+};
+
 struct Options {
-  int share = 1, shares = 1;
+  Part share, part;
   std::vector<Isa> required;
   std::vector<std::string> paths;
 };
@@ -66,9 +83,11 @@ bool parse(int argc, char** argv, Options* options) {
   for (; i + 1 < argc && std::strncmp(argv[i], "--", 2) == 0; i += 2) {
     Isa isa;
     if (std::strcmp(argv[i], "--share") == 0) {
-      int& share = options->share;
-      int& shares = options->shares;
-      if (std::sscanf(argv[i + 1], "%d/%d", &share, &shares) != 2 || share < 1 || share > shares) return false;
+      if (!options->share.parse(argv[i + 1])) return false;
+    } else if (std::strcmp(argv[i], "--part") == 0) {
+      if (!options->part.parse(argv[i + 1])) return false;
+    } else if (std::strcmp(argv[i], "--parts") == 0) {
+      if (!options->part.draw(argv[i + 1])) return false;
     } else if (std::strcmp(argv[i], "--require") == 0 && isa_from_name(argv[i + 1], &isa)) {
       options->required.push_back(isa);
     } else {
@@ -89,8 +108,14 @@ int run(const Options& options) {
   std::vector<Case> cases;
   for (const std::string& path : options.paths)
     for (const Case& c : read_cases(path)) cases.push_back(c);
+  std::vector<Case> chosen;
+  for (size_t i = static_cast<size_t>(options.part.index) - 1; i < cases.size();
+       i += static_cast<size_t>(options.part.count))
+    chosen.push_back(cases[i]);
+  if (options.part.count > 1)
+    std::cout << "of the cases --part " << options.part.index << "/" << options.part.count << std::endl;
   int ran = 0;
-  for (int i = options.share - 1; i < kernel_count(); i += options.shares) {
+  for (int i = options.share.index - 1; i < kernel_count(); i += options.share.count) {
     const Kernel* const kernel = kernels[i];
     if (!isa_available(kernel->isa)) {
       std::cout << kernel->name << ": not on this processor\n";
@@ -98,15 +123,19 @@ int run(const Options& options) {
     }
     ++ran;
     const int before = tally.checks;
-    for (const Case& c : cases)
+    for (const Case& c : chosen)
       for (Layout layout : {Layout::nchw, Layout::nhwc}) run_case(*kernel, c, layout);
     // A group is as many images as lie in 8 MB: all three of the small ones, some of the large ones.
     for (const SeriesSize& size : {SeriesSize{3, 9, 0, 3}, {1, 10, 0, 3}, {5, 175, 0, 3}}) test_series(*kernel, size);
-    std::cout << kernel->name << ": " << cases.size() << " cases, " << tally.checks - before << " checks" << std::endl;
+    std::cout << kernel->name << ": " << chosen.size() << " cases, " << tally.checks - before << " checks" << std::endl;
+  }
+  if (chosen.empty()) {
+    std::cerr << "FAILED: part " << options.part.index << "/" << options.part.count << " has no case\n";
+    return 1;
   }
   if (ran == 0) {
-    std::cerr << "FAILED: of the " << kernel_count() << " kernels, share " << options.share << "/" << options.shares
-              << " has none that runs on this processor\n";
+    std::cerr << "FAILED: of the " << kernel_count() << " kernels, share " << options.share.index << "/"
+              << options.share.count << " has none that runs on this processor\n";
     return 1;
   }
   for (const Case& c : cases)
@@ -125,7 +154,7 @@ int run(const Options& options) {
 int main(int argc, char** argv) {
   fastsep_tests::Options options;
   if (!fastsep_tests::parse(argc, argv, &options)) {
-    std::cerr << "usage: fastsep_tests [--share I/N] [--require ISA] cases.txt ...\n";
+    std::cerr << "usage: fastsep_tests [--share I/N] [--part I/N | --parts N] [--require ISA] cases.txt ...\n";
     return 2;
   }
   return fastsep_tests::run(options);
