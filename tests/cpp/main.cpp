@@ -1,5 +1,5 @@
 // Runs every kernel that this processor has over the table of cases; with --share I/N, every N-th kernel from the I-th
-// on; with --part I/N, every N-th case from the I-th on, and with --parts N a part that is drawn.
+// on; with --part I/N, every N-th case and series from the I-th on, and with --parts N a part that is drawn.
 // With --require ISA it fails where those kernels cannot run here, instead of passing the others.
 #include <cstdio>
 #include <cstring>
@@ -63,6 +63,13 @@ struct Part {
   bool parse(const char* text) {
     return std::sscanf(text, "%d/%d", &index, &count) == 2 && index >= 1 && index <= count;
   }
+  template <class T>
+  std::vector<T> of(const std::vector<T>& all) const {
+    std::vector<T> found;
+    for (size_t i = static_cast<size_t>(index) - 1; i < all.size(); i += static_cast<size_t>(count))
+      found.push_back(all[i]);
+    return found;
+  }
   bool draw(const char* text) {
     if (std::sscanf(text, "%d", &count) != 1 || count < 1) return false;
     std::random_device device;
@@ -108,10 +115,9 @@ int run(const Options& options) {
   std::vector<Case> cases;
   for (const std::string& path : options.paths)
     for (const Case& c : read_cases(path)) cases.push_back(c);
-  std::vector<Case> chosen;
-  for (size_t i = static_cast<size_t>(options.part.index) - 1; i < cases.size();
-       i += static_cast<size_t>(options.part.count))
-    chosen.push_back(cases[i]);
+  const std::vector<Case> chosen = options.part.of(cases);
+  // A group is as many images as lie in 8 MB: all three of the small ones, some of the large ones.
+  const std::vector<SeriesSize> sizes = options.part.of<SeriesSize>({{3, 9, 0, 3}, {1, 10, 0, 3}, {5, 175, 0, 3}});
   if (options.part.count > 1)
     std::cout << "of the cases --part " << options.part.index << "/" << options.part.count << std::endl;
   int ran = 0;
@@ -125,8 +131,7 @@ int run(const Options& options) {
     const int before = tally.checks;
     for (const Case& c : chosen)
       for (Layout layout : {Layout::nchw, Layout::nhwc}) run_case(*kernel, c, layout);
-    // A group is as many images as lie in 8 MB: all three of the small ones, some of the large ones.
-    for (const SeriesSize& size : {SeriesSize{3, 9, 0, 3}, {1, 10, 0, 3}, {5, 175, 0, 3}}) test_series(*kernel, size);
+    for (const SeriesSize& size : sizes) test_series(*kernel, size);
     std::cout << kernel->name << ": " << chosen.size() << " cases, " << tally.checks - before << " checks" << std::endl;
   }
   if (chosen.empty()) {
