@@ -149,7 +149,7 @@ int run(int64_t elements, const std::string& launches_path, const std::vector<st
       if (elements_between(c.problem) <= elements)
         cases.push_back(c);
       else
-        std::cout << "left out: " << c.line << "\n";
+        std::cout << "left out: " << c.line << std::endl;  // before the processes part
     }
   test_shim();
   test_hopper_instructions();
