@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import _cost_table, _info, _native
+from . import __version__, _cost_table, _info, _native
 from ._optimize import command as optimize
 from .bench import command, replay
 
@@ -15,7 +15,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastsep", description="Fused depthwise-separable convolution."
     )
-    commands = parser.add_subparsers(required=True, metavar="command")
+    parser.add_argument("--version", action="version", version=f"fastsep {__version__}")
+    commands = parser.add_subparsers(metavar="command")
     for name, module, text in (
         ("info", _info, "what is installed, what of it runs here, and a self-test"),
         ("bench", command, "the layers of a network, against torch's own convolutions"),
@@ -29,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     typed = sys.argv[1:] if arguments is None else arguments
     parsed = parser.parse_args(typed)
     parsed.typed = typed
+    if not hasattr(parsed, "run"):
+        parser.print_help()
+        return 0
     if _native.core is not None:
         try:
             _native.core.best_isa()

@@ -200,6 +200,8 @@ def cost(
 
 
 def _batch_size(size: Any) -> Size:
+    if size is None:
+        raise ValueError("input_size must be given where the model has none of its own: (C, H, W), got None")
     good = isinstance(size, Sequence) and all(isinstance(n, int) and n > 0 for n in size)
     if not good or len(size) not in (3, 4):
         raise ValueError(f"input_size must be (C, H, W) or (N, C, H, W), all at least 1, got {size!r}")

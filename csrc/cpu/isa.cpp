@@ -45,8 +45,15 @@ const char* isa_name(Isa isa) {
 }
 
 bool isa_from_name(const char* name, Isa* isa) {
+  // Names are ASCII, and of whatever case in the environment.
+  const auto lower = [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; };
+  const auto is_named = [&](const char* known) {
+    size_t at = 0;
+    while (known[at] != '\0' && lower(name[at]) == known[at]) ++at;
+    return known[at] == '\0' && name[at] == '\0';
+  };
   for (int32_t i = 0; i < isa_count; ++i) {
-    if (std::strcmp(name, names[i]) == 0) {
+    if (is_named(names[i])) {
       *isa = static_cast<Isa>(i);
       return true;
     }

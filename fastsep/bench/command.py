@@ -57,7 +57,16 @@ def layer(line: str) -> Network:
 @checked
 def network(text: str) -> Network:
     """Layers by name or file; of torchvision and timm the whole network alone."""
-    return Network(text, []) if networks.is_of_library(text) else load(text)
+    if networks.is_of_library(text):
+        return Network(text, [])
+    try:
+        return load(text)
+    except ValueError as error:
+        if not text.isidentifier():
+            raise
+        raise ValueError(
+            f"{error}; a network of torchvision is measured by --whole --network torchvision/{text}"
+        ) from None
 
 
 @checked
