@@ -18,6 +18,7 @@
 #include "cpu/parallel.h"
 #include "cpu/series.h"
 #include "fastsep.h"
+#include "tensors.h"
 #include "unchanged.h"
 
 namespace py = pybind11;
@@ -31,13 +32,24 @@ Problem to_problem(const py::tuple& fields) {
   return problem;
 }
 
+std::vector<std::string> isa_names(bool runnable) {
+  std::vector<std::string> names;
+  for (int32_t i = 0; i < isa_count; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (runnable ? isa_available(isa) : isa_compiled(isa)) names.push_back(isa_name(isa));
+  }
+  return names;
+}
+
 Isa to_isa(const std::string& name) {
   Isa isa;
+  std::string here;
+  for (const std::string& known : isa_names(true)) here += (here.empty() ? "" : ", ") + known;
   if (name.empty()) {
     if (best_isa(&isa) == Status::ok) return isa;
     const char* forced = std::getenv("FASTSEP_ISA");
     throw py::value_error("FASTSEP_ISA is '" + std::string(forced == nullptr ? "" : forced) +
-                          "', expected one that is compiled in and runs on this processor");
+                          "', expected one that is compiled in and runs on this processor: " + here);
   }
   if (!isa_from_name(name.c_str(), &isa)) throw py::value_error("isa is '" + name + "', which is not known");
   if (!isa_available(isa)) throw py::value_error("isa is '" + name + "', which does not run on this processor");
@@ -258,15 +270,6 @@ void backward_plain(const py::tuple& fields, const std::string& isa_name, uintpt
   last_isa = isa;
 }
 
-std::vector<std::string> isa_names(bool runnable) {
-  std::vector<std::string> names;
-  for (int32_t i = 0; i < isa_count; ++i) {
-    const Isa isa = static_cast<Isa>(i);
-    if (runnable ? isa_available(isa) : isa_compiled(isa)) names.push_back(isa_name(isa));
-  }
-  return names;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
@@ -288,12 +291,20 @@ PYBIND11_MODULE(_core, m, py::mod_gil_not_used()) {
   py::class_<Series>(m, "Series")
       .def(py::init(&to_series), py::arg("calls"), py::arg("inputs"), py::arg("outputs"))
       .def("run", &run_series, py::arg("inputs"), py::arg("outputs"));
+  m.def("lend_tensors", &lend_tensors, py::kw_only(), py::arg("functions"), py::arg("base"), py::arg("plain"),
+        py::arg("strided"), py::arg("examples"));
+  define_stored(m);
+  py::class_<Snapshot>(m, "Snapshot")
+      .def(py::init<const py::sequence&>(), py::arg("tensors"))
+      .def("holds", &Snapshot::holds)
+      .def("matches", [](const Snapshot& snapshot, const py::args& tensors) {
+        return snapshot.matches({tensors.begin(), tensors.end()});
+      });
   py::class_<Unchanged>(m, "Unchanged")
-      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&, const py::list&, size_t,
-                    const py::object&, const py::object&, const std::vector<uintptr_t>&>(),
-           py::kw_only(), py::arg("held"), py::arg("partly"), py::arg("slots"), py::arg("modules"), py::arg("tensors"),
-           py::arg("placed"), py::arg("version"), py::arg("place"), py::arg("lines"))
-      .def("set_empty", &Unchanged::set_empty)
+      .def(py::init<const py::list&, const py::list&, const py::list&, const py::list&>(), py::kw_only(),
+           py::arg("held"), py::arg("partly"), py::arg("slots"), py::arg("tensors"))
+      .def("set_surroundings", &Unchanged::set_surroundings, py::kw_only(), py::arg("empty"), py::arg("held"),
+           py::arg("modeless"))
       .def("holds", &Unchanged::holds);
   m.def("packed_bytes", [](const py::tuple& fields, const std::string& isa) {
     size_t bytes = 0;

@@ -185,7 +185,7 @@ def cpu_kernel(
     if problem[-1] != 0:
         if saved is None:
             forward = problem if core.derivative_from_output(problem[-1]) else (*problem[:-1], 0)
-            saved = torch.empty(shape, dtype=dtype, memory_format=layout)
+            saved = torch.empty(shape, dtype=dtype, device=_native.CPU, memory_format=layout)
             core.forward(forward, "", input.data_ptr(), *weights, address(b), saved.data_ptr())
         else:
             saved = saved.contiguous(memory_format=layout)
@@ -306,8 +306,7 @@ def call(*args: Any) -> list[Tensor]:
 
 def run(*args: Any) -> list[Tensor]:
     """The operator that takes these arguments."""
-    # Autograd may hand on a zero that has no memory.
-    if not _ops.past_dispatcher(*args[:7]) or args[0]._is_zerotensor():
+    if not _ops.past_dispatcher(*args[:7]):
         return call(*args)
     return cpu_kernel(*args) if args[0].is_cpu else cuda_kernel(*args)
 
@@ -335,7 +334,13 @@ def implement(kernel: Callable[..., list[Tensor]], key: str) -> None:
     library.impl("depthwise_conv2d_backward", _of_half(kernel), key)
 
 
-implement(cpu_kernel, "CPU")
+def _from_dispatcher(grad: Tensor, *args: Any) -> list[Tensor]:
+    """The kernel for tensors that nobody has looked at."""
+    _native.require_memory(("grad", *tensor_names(args[2]), "saved"), grad, *args[:6])
+    return cpu_kernel(grad, *args)
+
+
+implement(_from_dispatcher, "CPU")
 implement(composed_kernel, "CompositeExplicitAutograd")
 implement(_autograd_kernel, "Autograd")
 _library.register_fake("fastsep::separable_conv2d_backward", _fake_kernel, lib=library)

@@ -1,6 +1,6 @@
-"""Types of the native module; its sources are csrc/bindings.cpp, csrc/unchanged.h and csrc/fastsep.h."""
+"""Types of the native module; its sources are csrc/bindings.cpp, tensors.h, unchanged.h and fastsep.h."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 def isas() -> list[str]:
@@ -96,13 +96,45 @@ class Series:
     ) -> None: ...
     def run(self, inputs: list[int], outputs: list[int]) -> None: ...
 
+def lend_tensors(
+    *,
+    functions: dict[str, int],
+    base: type,
+    plain: tuple[type, type],
+    strided: Any,
+    examples: list[tuple[Any, int]],
+) -> bool:
+    """Lends torch's C functions that tell of a tensor, addresses by names. False where they answer wrongly.
+
+    base: the type with the attributes _cdata, layout, is_nested and _version and the method is_neg; plain:
+    types whose objects are what they seem; examples: tensors of the layout `strided` on the CPU, and the
+    bytes of an element.
+    """
+
+def stored(*tensors: Any) -> int:
+    """1 or 2 where the numbers of all are what lies at their addresses, on the CPU or by CUDA, else 0.
+
+    Of plain types, strided, not lazily negated or zero, their elements inside their storages. None passes.
+    """
+
+def have_memory(*tensors: Any) -> bool:
+    """Whether the elements of all are inside their storages, for tensors that are dense. None passes."""
+
+class Snapshot:
+    """Tensors as they are: where they lie, how, which version, and up to 64 of the numbers of each."""
+
+    def __init__(self, tensors: Sequence[Any]) -> None: ...
+    def holds(self) -> bool:
+        """Whether they are as they were; keeps none of them alive."""
+
+    def matches(self, *tensors: Any) -> bool:
+        """Whether these are as those were; other objects may stand for the same memory."""
+
 class Unchanged:
     """Whether Python objects are what they were.
 
     held: dicts that shall have the same values, in their order; partly: of those only which ones are None.
-    slots: dicts and names, of the same values. modules: of the same `training`. tensors: of the same
-    integer by the descriptor `version`; the first `placed` of them also by the function `place`. lines:
-    addresses of memory that this reads, for speed.
+    slots: dicts and names, of the same values. tensors: of which a Snapshot shall hold.
     """
 
     def __init__(
@@ -111,15 +143,12 @@ class Unchanged:
         held: list[dict[str, Any]],
         partly: list[dict[str, Any]],
         slots: list[tuple[dict[str, Any], str]],
-        modules: list[Any],
         tensors: list[Any],
-        placed: int,
-        version: Any,
-        place: Callable[[Any], int],
-        lines: list[int],
     ) -> None: ...
-    def set_empty(self, dicts: list[dict[int, Any]]) -> None:
-        """That these have no entries, instead of those before."""
+    def set_surroundings(
+        self, *, empty: list[dict[int, Any]], held: list[dict[str, Any]], modeless: list[dict[str, Any]]
+    ) -> None:
+        """Dicts that shall have no entries, or the same values; of `modeless` but for that of "training"."""
 
     def holds(self) -> bool: ...
 

@@ -154,19 +154,18 @@ def cpu_kernel(*args: Any) -> Tensor:
         return _composed_kernel(*args)
     problem, shape = native_problem(*tensors, *geometry)
     input = input.contiguous(memory_format=torch.channels_last)
-    output = torch.empty(shape, dtype=input.dtype, memory_format=torch.channels_last)
+    output = torch.empty(shape, dtype=input.dtype, device=_native.CPU, memory_format=torch.channels_last)
     if _native.own_pool:
         core.set_num_threads(torch.get_num_threads())
-    if packed is not None and packed.data_ptr() % 64 == 0 and packed.is_contiguous():
+    weights = depthwise_weight, depthwise_bias, pointwise_weight, bias, expand_weight, expand_bias
+    if packed is not None and _ops.is_packed(packed, *weights):
         size = packed.numel() * packed.element_size()
         core.forward_packed(problem, "", input.data_ptr(), packed.data_ptr(), size, output.data_ptr())
         return output
     # Named, so that a dense copy lives until the call is over.
-    dw, db, pw, b, ew, eb = dense_weights(
-        depthwise_weight, depthwise_bias, pointwise_weight, bias, expand_weight, expand_bias
-    )
-    weights = address(dw), address(db), address(pw), address(b)
-    core.forward(problem, "", input.data_ptr(), *weights, output.data_ptr(), address(ew), address(eb))
+    dense = dense_weights(*weights)
+    dw, db, pw, b, ew, eb = map(address, dense)
+    core.forward(problem, "", input.data_ptr(), dw, db, pw, b, output.data_ptr(), ew, eb)
     return output
 
 
@@ -213,7 +212,15 @@ def _reported(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
 if _ops.VERBOSE:
     cpu_kernel = _reported(cpu_kernel)
 
-library.impl("expanded_separable_conv2d", cpu_kernel, "CPU")
+
+def _from_dispatcher(*args: Any) -> Tensor:
+    """The kernel for tensors that nobody has looked at."""
+    names = "input", "expand_weight", "depthwise_weight", "pointwise_weight"
+    _native.require_memory((*names, "expand_bias", "depthwise_bias", "bias", "packed"), *args[:8])
+    return cpu_kernel(*args)
+
+
+library.impl("expanded_separable_conv2d", _from_dispatcher, "CPU")
 library.impl("expanded_separable_conv2d", _composed_kernel, "CompositeExplicitAutograd")
 library.impl("expanded_separable_conv2d", _autograd_kernel, "Autograd")
 _ops._library.register_fake("fastsep::expanded_separable_conv2d", _fake_kernel, lib=library)

@@ -17,12 +17,13 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _native
 from ._activations import ACTIVATIONS
 from ._case import case_of, format_case
+from ._native import CPU
 
 Ints = Sequence[int]
 
@@ -43,9 +44,6 @@ library.define(
 )
 op: Callable[..., Tensor] = torch.ops.fastsep.separable_conv2d.default
 depthwise_op: Callable[..., Tensor] = torch.ops.fastsep.depthwise_conv2d.default
-
-# Parameters are tensors like others here; any further subclass may have a mind of its own.
-PLAIN = (Tensor, nn.Parameter)
 
 
 def tensor_names(pointwise_weight: Any) -> tuple[str, str, str, str, str]:
@@ -118,10 +116,17 @@ def check_types(input: Tensor, *weights: Tensor | None) -> None:
     """RuntimeError for mixed dtypes or devices, and for a dtype that no convolution is made of."""
     if not (input.is_floating_point() or input.is_complex()):
         raise RuntimeError(f"input must be floating point or complex, got {input.dtype}")
-    for name, weight in zip(tensor_names(weights[1])[1:], weights, strict=True):
-        if weight is not None and weight.dtype != input.dtype:
+    names = tensor_names(weights[1])[1:]
+    given = [(name, weight) for name, weight in zip(names, weights, strict=True) if weight is not None]
+    (_, first), *rest = given
+    if first.dtype != input.dtype and all(weight.dtype == first.dtype for _, weight in rest):
+        raise RuntimeError(f"input must have the weights' dtype, {first.dtype}, got {input.dtype}")
+    if first.device != input.device and all(weight.device == first.device for _, weight in rest):
+        raise RuntimeError(f"input must be on the weights' device, {first.device}, got {input.device}")
+    for name, weight in given:
+        if weight.dtype != input.dtype:
             raise RuntimeError(f"{name} must have the input's dtype, {input.dtype}, got {weight.dtype}")
-        if weight is not None and weight.device != input.device:
+        if weight.device != input.device:
             raise RuntimeError(f"{name} must be on the input's device, {input.device}, got {weight.device}")
 
 
@@ -160,7 +165,8 @@ def compose(
 ) -> Tensor:
     """The operators in torch's own terms: one or two convolutions with the activations behind them."""
     top, bottom, left, right = padding
-    if top != bottom or left != right:
+    # Symbols of a compiler are not asked whether they are equal.
+    if any(type(pad) is not int for pad in padding) or top != bottom or left != right:
         input = F.pad(input, (left, right, top, bottom))
         top = left = 0
     groups = input.shape[1]
@@ -233,15 +239,14 @@ def cpu_kernel(
     problem, shape, layout = native_problem(
         input, depthwise_weight, pointwise_weight, depthwise_bias, bias, *geometry
     )
-    output = torch.empty(shape, dtype=input.dtype, memory_format=layout)
+    output = torch.empty(shape, dtype=input.dtype, device=CPU, memory_format=layout)
     if shape[0] == 0:
         return output
     if not input.is_contiguous(memory_format=layout):
         input = input.contiguous(memory_format=layout)
     if _native.own_pool:
         core.set_num_threads(torch.get_num_threads())
-    # (A copy that a compiler made of the packed weights may lie anywhere.)
-    if packed is not None and packed.data_ptr() % 64 == 0 and packed.is_contiguous():
+    if packed is not None and is_packed(packed, depthwise_weight, depthwise_bias, pointwise_weight, bias):
         size = packed.numel() * packed.element_size()
         core.forward_packed(problem, "", input.data_ptr(), packed.data_ptr(), size, output.data_ptr())
         return output
@@ -250,6 +255,19 @@ def cpu_kernel(
     weights = address(dw), address(db), address(pw), address(b)
     core.forward(problem, "", input.data_ptr(), *weights, output.data_ptr())
     return output
+
+
+def is_packed(packed: Tensor, *weights: Tensor | None) -> bool:
+    """Whether these are the weights that were packed, and as they were then, in the order of _native.pack().
+
+    A copy that a compiler made of the packed weights may lie anywhere, and knows of none; nor do from now on
+    those whose weights were written to.
+    """
+    made_of = getattr(packed, "made_of", None)
+    if made_of is None or made_of.matches(*weights):
+        return made_of is not None
+    packed.made_of = None  # type: ignore[attr-defined]
+    return False
 
 
 def dense_weights(*weights: Tensor | None) -> list[Tensor | None]:
@@ -358,7 +376,13 @@ def implement(kernel: Callable[..., Tensor], key: str) -> None:
     library.impl("depthwise_conv2d", _of_half(kernel), key)
 
 
-implement(cpu_kernel, "CPU")
+def _from_dispatcher(*args: Any) -> Tensor:
+    """The kernel for tensors that nobody has looked at."""
+    _native.require_memory((*tensor_names(args[2]), "packed"), *args[:6])
+    return cpu_kernel(*args)
+
+
+implement(_from_dispatcher, "CPU")
 implement(composed_kernel, "CompositeExplicitAutograd")
 _library.register_fake("fastsep::separable_conv2d", _fake_kernel, lib=library)
 _library.register_fake("fastsep::depthwise_conv2d", _of_half(_fake_kernel), lib=library)
@@ -383,7 +407,7 @@ def past_dispatcher(input: Any, *weights: Tensor | None) -> bool:
     """Whether the kernel for the input's device may be called by itself, which saves 7 us.
 
     Not where a compiler, a transform, a mode or the profiler watches what runs, nor for tensors that are not
-    what lies at their address.
+    stored.
     """
     if (
         torch.compiler.is_compiling()
@@ -393,20 +417,7 @@ def past_dispatcher(input: Any, *weights: Tensor | None) -> bool:
         or torch._C._autograd._profiler_enabled()
     ):
         return False
-    if type(input) not in PLAIN or input.layout is not torch.strided or input.is_neg():
-        return False
-    on_cpu = input.is_cpu
-    if not (on_cpu or input.is_cuda):
-        return False
-    for x in weights:
-        if x is not None and (
-            type(x) not in PLAIN
-            or not (x.is_cpu if on_cpu else x.is_cuda)
-            or x.layout is not torch.strided
-            or x.is_neg()
-        ):
-            return False
-    return True
+    return _native.stored(input, *weights) != 0
 
 
 def run_past_dispatcher(*args: Any) -> Tensor:

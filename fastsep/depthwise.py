@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import operator
+import sys
 from typing import Any, Literal
 
 import torch
@@ -62,9 +65,9 @@ class DepthwiseConv2d(nn.Conv2d):
         *,
         activation: str | None = None,
     ) -> None:
-        check_counts(in_channels=in_channels, out_channels=out_channels)
-        if groups is not None and groups != in_channels:
-            raise ValueError(f"groups must be None or in_channels, {in_channels}, got {groups!r}")
+        in_channels, out_channels = check_counts(in_channels=in_channels, out_channels=out_channels)
+        check_groups(groups, in_channels)
+        check_flags(bias=bias)
         if out_channels % in_channels:
             raise ValueError(
                 f"out_channels must be a multiple of in_channels, {in_channels}, got {out_channels}"
@@ -92,27 +95,62 @@ class DepthwiseConv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """What subclasses of an nn.Conv2d call with weights of their own."""
-        checked = isinstance(input, Tensor) and torch._C._get_tracing_state() is None
-        if checked and input.dim() > 2 and input.shape[-3] != self.groups:
-            raise RuntimeError(f"input must have {self.groups} channels, got {list(input.shape)}")
+        if isinstance(input, Tensor) and torch._C._get_tracing_state() is None:
+            check_channels(input, self.groups)
         padding: Padding = self.padding
         if self.padding_mode != "zeros":
             input, padding = pad(input, pads_of(input, self), self.padding_mode), 0
+        elif isinstance(padding, str):
+            top, bottom, left, right = pads_of(input, self)
+            padding = (top, bottom), (left, right)
         return depthwise_conv2d(
             input, weight, bias, self.stride, padding, self.dilation, activation=self.activation
         )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DepthwiseConv2d:
+        # torch.nn.utils.fusion.fuse_conv_bn_eval() copies a convolution, and folds into the copy a norm that
+        # would come before the activation. It asks for no more than a weight and a bias.
+        if self.activation is not None and sys._getframe(2).f_code.co_name == "fuse_conv_bn_eval":
+            raise RuntimeError(
+                f"conv must have no activation between it and the norm behind it, got {self.activation!r}"
+            )
+        copied: Any = self.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied  # type: ignore[no-any-return]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise no_script(self)
 
 
 # Of constructors
 
 
-def check_counts(**counts: int) -> None:
-    """TypeError or ValueError for a number of channels that is none."""
+def check_counts(**counts: int) -> list[int]:
+    """These numbers of channels as ints, in order; TypeError or ValueError for one that is none."""
+    numbers = []
     for name, count in counts.items():
-        if not isinstance(count, int):
-            raise TypeError(f"{name} must be an int, got {count!r}")
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+        try:
+            number = operator.index(count)
+        except TypeError:
+            raise TypeError(f"{name} must be an int, got {count!r}") from None
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+        numbers.append(number)
+    return numbers
+
+
+def check_groups(groups: int | None, in_channels: int) -> None:
+    if groups is not None and groups != in_channels:
+        raise ValueError(f"groups must be None or in_channels, {in_channels}, got {groups!r}")
+
+
+def check_flags(**flags: bool) -> None:
+    """TypeError for what is no bool: a tensor, say, where one tells whether there is to be a bias."""
+    for name, flag in flags.items():
+        if flag is not True and flag is not False:
+            got = f"a {type(flag).__name__}" if isinstance(flag, Tensor) else repr(flag)
+            raise TypeError(f"{name} must be True or False, got {got}")
 
 
 def parse_sizes(**sizes: Size) -> list[Pair]:
@@ -138,13 +176,30 @@ def split_padding(padding: Padding, stride: Pair) -> tuple[tuple[Pair, Pair] | s
     return ((top, bottom), (left, right)), (0, 0)
 
 
+# Of a call
+
+
+def check_channels(input: Tensor, channels: int) -> None:
+    """RuntimeError for an image of other channels. (Another rank is for the operator to refuse.)"""
+    if input.dim() in (3, 4) and not input.is_nested and input.shape[-3] != channels:
+        raise RuntimeError(f"input must have {channels} channels, got {list(input.shape)}")
+
+
+def no_script(layer: nn.Module) -> RuntimeError:
+    """For torch.jit.script, which asks a module for what to compile in its place."""
+    name = type(layer).__name__
+    return RuntimeError(f"{name} cannot be scripted: use torch.jit.trace, torch.export or torch.compile")
+
+
 # Of an nn.Conv2d
 
 
 def pads_of(input: Tensor, conv: Any, padding: Padding | None = None) -> Pads:
     """(top, bottom, left, right) of the convolution's padding, or of another one in its place."""
     pads = parse_padding(conv.padding if padding is None else padding)
-    return same_padding(input, conv.weight, conv.stride, conv.dilation) if isinstance(pads, str) else pads
+    if isinstance(pads, str):
+        return same_padding(input, conv.kernel_size, conv.stride, conv.dilation)
+    return pads
 
 
 def pad(input: Tensor, pads: Pads, mode: str) -> Tensor:

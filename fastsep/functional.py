@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from . import _native, _ops
 from ._activations import activation_name
 from ._autograd import apply
-from ._ops import PLAIN
+from ._native import PLAIN
 
 Pair = tuple[int, int]
 Pads = tuple[int, int, int, int]  # top, bottom, left, right
@@ -161,14 +161,21 @@ def why_composed(*tensors: Any) -> str:
 
 def why_no_kernel(*tensors: Any) -> str:
     """Why native code cannot have these tensors; empty where it can."""
+    input = tensors[0]
+    if isinstance(input, Tensor) and (input.is_nested or input.layout in _SPARSE):
+        kind = "nested" if input.is_nested else str(input.layout)
+        raise RuntimeError(f"input must be a dense tensor, got a {kind} one")
     if any(type(tensor) not in PLAIN for tensor in tensors) and (reason := _subclass(*tensors)):
         return reason
-    device = tensors[0].device.type
+    device = input.device.type
     if device not in ("cpu", "cuda"):
         return f"no native kernel for {device}"
     if any(x is not None and (x.device.type != device or x.layout is not torch.strided) for x in tensors):
         return "no native kernel for tensors that are not dense in memory"
     return ""
+
+
+_SPARSE = torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc
 
 
 def why_not_now(input: Tensor) -> str:
@@ -192,9 +199,18 @@ def why_not_now(input: Tensor) -> str:
             return "autocast"
     if forward_ad._current_level >= 0:
         return "forward-mode derivative"
+    if torch._C._are_functorch_transforms_active() and _functionalizes():
+        return "torch.func.functionalize"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace"
     return ""
+
+
+def _functionalizes() -> bool:
+    """Whether one of torch.func's transforms is the one that knows no autograd.Function."""
+    functorch: Any = torch._C._functorch
+    stack = functorch.get_interpreter_stack() or ()
+    return any(level.key() == functorch.TransformType.Functionalize for level in stack)
 
 
 def _subclass(*tensors: Tensor | None) -> str:
@@ -230,7 +246,7 @@ def composition(reason: str, tensors: tuple[Any, ...], geometry: tuple[Any, ...]
 
 def parse_pair(value: Size, name: str) -> Pair:
     """(height, width) of an int or a pair of ints."""
-    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+    if type(value) is tuple and len(value) == 2 and all(map(_is_symbol, value)):
         return value[0], value[1]
     try:
         if isinstance(value, Sequence) and not isinstance(value, str):
@@ -242,6 +258,14 @@ def parse_pair(value: Size, name: str) -> Pair:
         raise TypeError(f"{name} must be an int or a pair of ints, got {value!r}") from None
 
 
+def _is_symbol(value: Any) -> bool:
+    """For numbers, also those that a compiler, an exporter or torch.jit.trace computes from sizes."""
+    if type(value) is int:
+        return True
+    traced = isinstance(value, Tensor) and torch._C._get_tracing_state() is not None
+    return traced or isinstance(value, torch.SymInt)
+
+
 def parse_geometry(
     input: Tensor, depthwise_weight: Tensor, stride: Size, padding: Padding, dilation: Size
 ) -> tuple[Pair, Pads, Pair]:
@@ -249,7 +273,8 @@ def parse_geometry(
     pads = parse_padding(padding)
     steps, dilations = parse_pair(stride, "stride"), parse_pair(dilation, "dilation")
     if isinstance(pads, str):
-        pads = same_padding(input, depthwise_weight, steps, dilations)
+        rows, columns = depthwise_weight.shape[2:] if depthwise_weight.dim() == 4 else (1, 1)
+        pads = same_padding(input, (rows, columns), steps, dilations)
     return steps, pads, dilations
 
 
@@ -274,15 +299,20 @@ def parse_padding(value: Padding, error: type[Exception] = RuntimeError) -> Pads
         ) from None
 
 
-def same_padding(input: Tensor, depthwise_weight: Tensor, stride: Pair, dilation: Pair) -> Pads:
-    """The padding for an output of ceil(size / stride), the odd pixel at the end, as TensorFlow has it."""
-    sizes, kernel = input.shape[-2:], depthwise_weight.shape[2:]
-    if len(sizes) < 2 or len(kernel) < 2 or min(stride) < 1:
+def same_padding(input: Tensor, kernel: Pair, stride: Pair, dilation: Pair) -> Pads:
+    """The padding for an output of ceil(size / stride), the odd pixel at the end, as TensorFlow has it.
+
+    Sizes may be symbols of a compiler or exporter, so nothing is asked of them.
+    """
+    if isinstance(input, Tensor) and input.dim() < 2:
         return 0, 0, 0, 0  # the checks of the shapes will say what is wrong
+    larger: Any = torch.sym_max  # Any, for it has no types
     pads = []
-    for size, k, s, d in zip(sizes, kernel, stride, dilation, strict=True):
+    for size, k, s, d in zip((input.shape[-2], input.shape[-1]), kernel, stride, dilation, strict=True):
+        # (ceil(size / s) - 1) * s + reach + 1 - size, where that is more than nothing
         reach = d * (k - 1)
-        # (ceil(size / s) - 1) * s + reach + 1 - size, which for a stride of 1 is the same for every size
-        total = reach if s == 1 else max(0, (size - 1) // s * s + reach + 1 - size)
+        total = reach if s == 1 else reach - (size - 1) % s
+        if reach < s - 1:
+            total = total.clamp(min=0) if isinstance(total, Tensor) else larger(total, 0)
         pads += [total // 2, total - total // 2]
     return pads[0], pads[1], pads[2], pads[3]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import warnings
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +11,31 @@ from torch.nn.modules import module as torch_module
 
 from . import _native
 from ._activations import ACTIVATIONS, activation_name
-from ._ops import PLAIN
+from ._native import PLAIN
 from .depthwise import (
     PaddingMode,
+    check_channels,
     check_counts,
+    check_flags,
+    check_groups,
     is_plain,
+    no_script,
     pad,
     pads_of,
     parse_sizes,
     split_padding,
     weights_of,
 )
-from .functional import Padding, Pads, Size, dispatch
+from .functional import Padding, Pads, Pair, Size, dispatch
 
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # since torch 2.7
+
+
+class _Sizes(NamedTuple):
+    kernel_size: Pair
+    stride: Pair
+    dilation: Pair
+
 
 _ACTIVATIONS = "mid_activation", "activation"
 
@@ -49,6 +61,7 @@ class SeparableConv2d(nn.Module):
     bias, depthwise_bias: whether the pointwise and the depthwise convolution add one.
     padding_mode: "zeros", "reflect", "replicate" or "circular", as in nn.Conv2d.
     mid_activation, activation: behind the depthwise and the pointwise convolution; see separable_conv2d.
+    groups: None or in_channels, for calls that were written for nn.Conv2d.
 
     ValueError for a size or a word out of range, TypeError for an argument of the wrong type; a call raises
     what separable_conv2d does, and has the same source.
@@ -73,14 +86,21 @@ class SeparableConv2d(nn.Module):
         depthwise_bias: bool = False,
         mid_activation: str | None = None,
         activation: str | None = None,
+        groups: int | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         module: Any = super()  # Any, for some of its methods have no types
         module.__init__()
-        check_counts(in_channels=in_channels, out_channels=out_channels, depth_multiplier=depth_multiplier)
+        in_channels, out_channels, depth_multiplier = check_counts(
+            in_channels=in_channels, out_channels=out_channels, depth_multiplier=depth_multiplier
+        )
+        check_groups(groups, in_channels)
+        check_flags(bias=bias, depthwise_bias=depthwise_bias)
         kernel, stride, dilation = parse_sizes(kernel_size=kernel_size, stride=stride, dilation=dilation)
         self._padding, child_padding = split_padding(padding, stride)
+        # Of a padding of our own, for children in whose place there is something else.
+        self._sizes = _Sizes(kernel, stride, dilation)
         self.mid_activation, self.activation = mid_activation, activation
         activation_name(mid_activation, "mid_activation")
         activation_name(activation, "activation")
@@ -97,8 +117,9 @@ class SeparableConv2d(nn.Module):
         self.pointwise = nn.Conv2d(inner, out_channels, 1, bias=bias, **factory)
 
         self._thawed: dict[str, bool] | None = None  # of a frozen layer: requires_grad as it was before
-        self._packed: Tensor | None = None
+        self._packed: Any = None  # see _native.pack()
         self._packed_weights: tuple[Tensor | None, ...] = ()
+        self._warned = False  # of training while frozen
         module.register_load_state_dict_post_hook(_pack_again)
 
     @property
@@ -108,6 +129,35 @@ class SeparableConv2d(nn.Module):
     @property
     def out_channels(self) -> int:
         return self.pointwise.out_channels
+
+    # What tools ask of a convolution. (Its weights are those of two.)
+
+    @property
+    def kernel_size(self) -> Pair:
+        return cast("Pair", self._geometry(self.depthwise).kernel_size)
+
+    @property
+    def stride(self) -> Pair:
+        return cast("Pair", self._geometry(self.depthwise).stride)
+
+    @property
+    def dilation(self) -> Pair:
+        return cast("Pair", self._geometry(self.depthwise).dilation)
+
+    @property
+    def padding(self) -> Padding:
+        own: Padding | None = self._padding
+        return self.depthwise.padding if own is None else own
+
+    @property
+    def groups(self) -> int:
+        """Of the depthwise half."""
+        return self.depthwise.groups
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Of the pointwise half."""
+        return self.pointwise.bias
 
     def reset_parameters(self) -> None:
         self.depthwise.reset_parameters()
@@ -136,14 +186,17 @@ class SeparableConv2d(nn.Module):
         pw, b = weights_of(pointwise)
         if pw is None:  # which the child knows to refuse
             return self._call_children(input)
-        if isinstance(input, Tensor) and input.dim() > 2 and input.shape[-3] != depthwise.groups:
-            raise RuntimeError(f"input must have {depthwise.groups} channels, got {list(input.shape)}")
+        if isinstance(input, Tensor):
+            check_channels(input, depthwise.groups)
         pads = self._pads(input, depthwise)
         if depthwise.padding_mode != "zeros":
             input, pads = pad(input, pads, depthwise.padding_mode), (0, 0, 0, 0)
         # Packed weights belong to one processor: no part of an exported program.
         packed = None if _is_exporting() else self._packed
         if packed is not None:
+            if not torch.compiler.is_compiling() and packed.made_of is None:  # as of the call before
+                self._pack()
+                packed = self._packed
             made_of = self._packed_weights
             if dw is not made_of[0] or pw is not made_of[1] or db is not made_of[2] or b is not made_of[3]:
                 packed = None
@@ -169,7 +222,12 @@ class SeparableConv2d(nn.Module):
 
     def _pads(self, input: Tensor, depthwise: Any) -> Pads:
         """(top, bottom, left, right)"""
-        return pads_of(input, depthwise, self._padding)
+        return pads_of(input, self._geometry(depthwise), self._padding)
+
+    def _geometry(self, depthwise: Any) -> Any:
+        """The depthwise child, or what it was where something without sizes is in its place."""
+        known = all(type(getattr(depthwise, name, None)) is tuple for name in _Sizes._fields)
+        return depthwise if known else self._sizes
 
     def _call_children(self, input: Tensor) -> Tensor:
         if self._padding is not None:
@@ -187,8 +245,9 @@ class SeparableConv2d(nn.Module):
 
         >>> layer = SeparableConv2d(32, 64, 3).freeze()
 
-        What is written to the weights of a frozen layer afterwards has no effect until freeze() is called
-        again. load_state_dict(), to() and their like do that themselves.
+        Weights that change count. Each call looks at where they lie, at their versions and at up to 64
+        numbers of each; where they are not as they were it computes with them as they are, and the next one
+        packs them anew. Only a write that leaves the version and those numbers as they were is not seen.
         """
         if self._thawed is None:
             self._thawed = {name: parameter.requires_grad for name, parameter in self.named_parameters()}
@@ -204,6 +263,20 @@ class SeparableConv2d(nn.Module):
         self._thawed = None
         self._pack()
         return self
+
+    def train(self, mode: bool = True) -> SeparableConv2d:
+        module: Any = super()
+        module.train(mode)
+        if mode and self.frozen and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "a frozen SeparableConv2d gives its weights no gradients: unfreeze() it to train",
+                stacklevel=2,
+            )
+        return self
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        raise no_script(self)
 
     def _pack(self) -> None:
         self._packed, self._packed_weights = None, ()

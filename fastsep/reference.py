@@ -71,7 +71,8 @@ def separable_conv2d(
     dh, dw = dilation_hw = functional.parse_pair(dilation, "dilation")
     pads = functional.parse_padding(padding)
     if isinstance(pads, str):
-        pads = functional.same_padding(input, depthwise_weight, stride_hw, dilation_hw)
+        kernel = depthwise_weight.shape[2], depthwise_weight.shape[3]
+        pads = functional.same_padding(input, kernel, stride_hw, dilation_hw)
     top, _bottom, left, _right = pads
     mid_act = ACTIVATIONS[activation_name(mid_activation, "mid_activation")]
     act = ACTIVATIONS[activation_name(activation, "activation")]

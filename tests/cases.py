@@ -195,7 +195,7 @@ WRONG = [
         "dtype_mixed",
         {"input": torch.randn(2, 4, 6, 5).double()},
         RuntimeError,
-        "depthwise_weight must have .*64",
+        "input must have the weights' dtype, torch.float32, got torch.float64",
     ),
     WrongCall(
         "dtype_of_bias", {"bias": torch.randn(5).double()}, RuntimeError, "bias must have the input's dtype"

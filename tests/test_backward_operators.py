@@ -124,7 +124,7 @@ BAD = {
     "saved_dtype": (bad(6, lambda y: y.double()), "saved must have the input's dtype"),
     "no_bias": (bad(5, lambda _: None), "needed must be False for the bias, which is None"),
     "input_shape": (bad(1, lambda x: x[:, :2]), "depthwise_weight must be"),
-    "input_dtype": (bad(1, lambda x: x.double()), "depthwise_weight must have the input's dtype"),
+    "input_dtype": (bad(1, lambda x: x.double()), "input must have the weights' dtype"),
     "weight_dtype": (bad(3, lambda w: w.half()), "pointwise_weight must have the input's dtype"),
     "stride": (bad(7, lambda _: [0, 1]), "stride must be at least 1"),
 }

@@ -235,7 +235,7 @@ def test_a_device_that_is_not_current():
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 def test_weights_of_another_gpu_are_refused():
-    with pytest.raises(RuntimeError, match=r"must be on the input's device, cuda:0, got cuda:1"):
+    with pytest.raises(RuntimeError, match=r"input must be on the weights' device, cuda:1, got cuda:0"):
         layer(LAYER).to("cuda:1")(image(device="cuda:0"))
 
 

@@ -129,7 +129,7 @@ def test_constructor_refuses(change, error, message):
     [
         (X[:, :3], RuntimeError, r"input must have 6 channels, got \[2, 3, 11, 10\]"),
         (X[0, 0], RuntimeError, r"input must be \[N, C, H, W\] or \[C, H, W\]"),
-        (X.double(), RuntimeError, "weight must have the input's dtype"),
+        (X.double(), RuntimeError, "input must have the weights' dtype"),
         (X.tolist(), TypeError, "input must be a Tensor, got list"),
     ],
 )

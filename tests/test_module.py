@@ -94,7 +94,7 @@ def test_plain_layer_takes_the_native_path(native_calls):
 )
 def test_same_is_that_of_tensorflow(size, kernel, stride, dilation, before, after):
     weight = torch.empty(1, 1, kernel, 1)
-    pads = functional.same_padding(torch.empty(1, size, 1), weight, (stride, 1), (dilation, 1))
+    pads = functional.same_padding(torch.empty(1, size, 1), weight.shape[2:], (stride, 1), (dilation, 1))
     assert pads == (before, after, 0, 0)
     with torch.no_grad():
         y = layer(1, 1, (kernel, 1), (stride, 1), "same", (dilation, 1))(torch.zeros(1, size, 3))
@@ -219,8 +219,8 @@ def test_constructor_refuses(change, error, message):
         (X[:, :3], RuntimeError, r"input must have 6 channels, got \[2, 3, 11, 10\]"),  # 6 is a multiple of 3
         (X[0, 0], RuntimeError, r"input must be \[N, C, H, W\] or \[C, H, W\]"),
         (X[..., :2], RuntimeError, "must be at least as large as the dilated kernel"),
-        (X.double(), RuntimeError, "must have the input's dtype"),
-        (X.to("meta"), RuntimeError, "must be on the input's device"),
+        (X.double(), RuntimeError, "input must have the weights' dtype"),
+        (X.to("meta"), RuntimeError, "input must be on the weights' device"),
         (X.long(), RuntimeError, "must be floating point or complex"),
         (X.tolist(), TypeError, "input must be a Tensor, got list"),
     ],

@@ -131,7 +131,7 @@ def test_autocast_unites_dtypes():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert module(X.bfloat16()).dtype == torch.bfloat16
         assert module(X).dtype == torch.bfloat16
-    with pytest.raises(RuntimeError, match="must have the input's dtype"):
+    with pytest.raises(RuntimeError, match="input must have the weights' dtype"):
         module(X.bfloat16())
 
 

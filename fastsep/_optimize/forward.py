@@ -9,14 +9,13 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from .. import _native
-from .._ops import PLAIN, memory_format
-from .series import SeriesStep
-from .steps import as_contiguous
+from .layouts import Programs
+from .steps import is_native
 from .trace import inputs_of
 
 _requires_grad = attrgetter("requires_grad")
@@ -48,53 +47,57 @@ _ARGUMENTS = Tensor, int, float
 class State:
     """All that a plan was made of: it holds for as long as this is unchanged.
 
-    Which parameters, buffers and children the modules have, where those tensors lie and what was written to
-    them, whether the modules train, and that no hook is on them. (A write by way of `.data` or into memory
-    that is shared with NumPy cannot be seen.)
+    The modules' attributes, among them whether they train, their parameters, buffers and children, where
+    those tensors lie, what was written to them as far as a Snapshot sees (csrc/tensors.h), and that no hook
+    is on the modules. What is inside an attribute that is no tensor, a list say, cannot be seen.
     """
 
-    def __init__(self, root: nn.Module, attributes: Iterable[str] = (), *, weights: bool = True) -> None:
-        """`attributes` are the names of further tensors. Without `weights` what parameters and buffers are
-        and hold may change, but for those attributes."""
-        modules = list(root.modules())
-        children: list[dict[str, Any]] = [module._modules for module in modules]
+    def __init__(
+        self,
+        root: nn.Module,
+        attributes: Iterable[str] = (),
+        read: Iterable[Tensor] = (),
+        *,
+        weights: bool = True,
+    ) -> None:
+        """`attributes` are the names of further tensors, `read` tensors that the plan has numbers of. Without
+        `weights` what parameters and buffers are and hold may change, but for those."""
+        self._modules = list(root.modules())
+        children: list[dict[str, Any]] = [module._modules for module in self._modules]
         numbers: list[dict[str, Any]]
-        numbers = [values for module in modules for values in (module._parameters, module._buffers)]
+        numbers = [values for module in self._modules for values in (module._parameters, module._buffers)]
         slots = _slots_of(root, attributes)
-        # All: a norm that trains writes to its statistics unseen, and is seen by its count of batches.
         seen = [x for values in numbers for x in values.values()] + [values[name] for values, name in slots]
-        self._tensors = [x for x in seen if weights and isinstance(x, Tensor) and not x.is_inference()]
-        # Of those counts themselves nothing is computed, wherever they lie.
-        read = {id(values[name]) for values, name in slots}
-        counts = {id(values.get("num_batches_tracked")) for values in numbers} - read
-        plain = [x for x in self._tensors if type(x) in PLAIN and x.layout is torch.strided]
-        placed = [x for x in plain if id(x) not in counts]
-        others = {id(x) for x in self._tensors} - {id(x) for x in placed}
+        watched = [x for x in seen if weights and isinstance(x, Tensor)]
+        self._tensors = list({id(x): x for x in (*watched, *read)}.values())
         # As long as this memory is held no new tensor can come to lie at its address.
-        self._memory = [x.detach() for x in placed]
+        self._memory = [x.detach() for x in self._tensors if _native.stored(x)]
         held, partly = ([*children, *numbers], []) if weights else (children, numbers)
         # What native code looks at, which keeps none of it alive.
         values = [list(known.values()) for known in held], [known[name] for known, name in slots]
-        self._modules, self._kept = modules, (held, partly, slots, values)
+        self._kept = held, partly, slots, values
         self._unchanged = _native.core and _native.core.Unchanged(
-            held=held,
-            partly=partly,
-            slots=slots,
-            modules=[module for module in modules if type(module) not in _MODELESS],
-            tensors=placed + [x for x in self._tensors if id(x) in others],
-            placed=len(placed),
-            version=Tensor._version,
-            place=Tensor.data_ptr,
-            lines=[x._cdata for x in plain] + [x.untyped_storage()._cdata for x in placed],
+            held=held, partly=partly, slots=slots, tensors=self._tensors
         )
-        self.release(set())
+        self._called: set[nn.Module] = set()
+        self.settle()
 
     def release(self, called: set[nn.Module]) -> None:
-        """Hooks may come onto these: they are called as they are."""
-        inner = [module for module in self._modules[1:] if module not in called]
+        """Hooks and attributes may come onto these: they are called as they are."""
+        self._called = called
+        self.settle()
+
+    def settle(self) -> None:
+        """Takes the modules' attributes as they are now for what they have to be."""
+        modules = [module for module in self._modules if module not in self._called]
+        self._attributes: list[dict[str, Any]] = [module.__dict__ for module in modules]
+        self._values = [list(attributes.values()) for attributes in self._attributes]
+        modeless = [module.__dict__ for module in modules if type(module) in _MODELESS]
+        others = [module.__dict__ for module in modules if type(module) not in _MODELESS]
+        # The stand-in for its forward runs behind the hooks of the module that it is for.
+        self._hooks = [getattr(module, hooks) for module in modules[1:] for hooks in _HOOKS]
         if self._unchanged is not None:
-            self._hooks = [getattr(module, hooks) for hooks in _HOOKS for module in inner]
-            self._unchanged.set_empty(self._hooks)
+            self._unchanged.set_surroundings(empty=self._hooks, held=others, modeless=modeless)
 
     def holds(self) -> bool:
         """Whether nothing has changed. Without native code there is no plan that this matters to."""
@@ -118,12 +121,10 @@ def _slots_of(root: nn.Module, attributes: Iterable[str]) -> list[tuple[dict[str
 
 @dataclass
 class Plan:
-    """A graph that computes what a module's forward does while the state holds, or None if none does."""
+    """Programs that compute what a module's forward does while the state holds, or None if none does."""
 
     state: State
-    graph: fx.GraphModule | None = None
-    channels_last: bool = False
-    planar: frozenset[int] = frozenset()  # see rewrite.Layouts
+    programs: Programs | None = None
 
 
 class Forward:
@@ -134,6 +135,11 @@ class Forward:
         self.names = inputs_of(type(root).forward)
         self._plans = [plan]  # the newest first, and the one before it
         self._seen: State | None = None
+
+    def settle(self) -> None:
+        """To be called when all forwards are in their modules, whose attributes they are."""
+        for plan in self._plans:
+            plan.state.settle()
 
     def forget(self) -> None:
         self._plans, self._seen = [], None
@@ -149,9 +155,10 @@ class Forward:
         fits = not kwargs and len(args) == len(self.names) and not any(_GLOBAL_HOOKS)
         if fits and (self._is_training(args) if self.mode == "training" else self._is_plain_inference(args)):
             plan = self._plan()
-        if plan is None or plan.graph is None:
+        program = None if plan is None or plan.programs is None else plan.programs.of(args)
+        if program is None:
             return type(self.root).forward(self.root, *args, **kwargs)
-        return _run(plan, args)
+        return program.profiled(*args) if torch._C._autograd._profiler_enabled() else program(*args)
 
     def _plan(self) -> Plan | None:
         """The plan for the module's present state; None where its tensors want gradients of inference. A new
@@ -178,25 +185,22 @@ class Forward:
     def _is_plain_inference(self, args: tuple[Any, ...]) -> bool:
         """Whether nothing watches the call, and its tensors are such as the steps can take."""
         watched = torch.is_grad_enabled()
-        for x in args:
-            if type(x) in PLAIN:
-                if (
-                    not x.is_cpu
-                    or x.layout is not torch.strided
-                    or x.is_neg()
-                    or (watched and x.requires_grad)
-                ):
-                    return False
-            elif isinstance(x, Tensor) or not isinstance(x, _ARGUMENTS):
-                return False
-        return not (
+        if (
             torch.is_autocast_enabled("cpu")
             or forward_ad._current_level >= 0
             or torch._C._are_functorch_transforms_active()
             or torch._C._len_torch_dispatch_stack()
             or torch._C._is_torch_function_mode_enabled()
             or torch._C._get_tracing_state() is not None
-        )
+        ):
+            return False
+        for x in args:
+            if isinstance(x, Tensor):
+                if not is_native(x) or (watched and x.requires_grad):
+                    return False
+            elif not isinstance(x, _ARGUMENTS):
+                return False
+        return True
 
     # What exporters ask of a function.
 
@@ -225,30 +229,3 @@ class Forward:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_plans": [], "_seen": None}
-
-
-class _Profiled(fx.Interpreter):
-    """Names each step for torch's profiler, which cannot see into native calls."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if isinstance(target, SeriesStep):
-            return target.one_by_one(lambda step, *inputs: self.call_function(step, inputs, {}), *args)
-        with torch.profiler.record_function(f"fastsep: {getattr(target, '__name__', target)}"):
-            return super().call_function(target, args, kwargs)
-
-
-def _run(plan: Plan, args: tuple[Any, ...]) -> Any:
-    graph: Any = plan.graph
-    run = _Profiled(graph).run if torch._C._autograd._profiler_enabled() else graph.forward
-    if not plan.channels_last:
-        return run(*args)
-    inputs, image = [*args], None
-    for i, x in enumerate(args):
-        if isinstance(x, Tensor) and x.dim() == 4:
-            image = x if image is None else image
-            if i not in plan.planar or not x.is_contiguous():
-                inputs[i] = x.contiguous(memory_format=torch.channels_last)
-    y = run(*inputs)
-    if isinstance(y, Tensor) and y.dim() != 4:
-        return y
-    return y if image is None or memory_format(image) is torch.channels_last else as_contiguous(y)

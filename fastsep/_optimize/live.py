@@ -28,6 +28,7 @@ class LiveStep:
         depthwise, pointwise = self.depthwise, self.pointwise
         pads: Any = self.padding
         if isinstance(pads, str):
-            pads = same_padding(x, depthwise.weight, self.stride, self.dilation)
+            kernel: Any = depthwise.kernel_size
+            pads = same_padding(x, kernel, self.stride, self.dilation)
         weights = depthwise.weight, pointwise.weight, depthwise.bias, pointwise.bias
         return dispatch(x, *weights, None, self.stride, pads, self.dilation, *self.activations)

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from .. import _expanded, _native, _ops
 from .._activations import ACTIVATIONS, IN_PLACE
+from .._native import CPU
 from ..functional import same_padding
 from .chains import Convolution
 
@@ -37,8 +38,12 @@ _REMEMBERED = 64
 
 
 def is_native(x: Tensor) -> bool:
-    """Whether a tensor's numbers are what lies at its address."""
-    return x.is_cpu and x.layout is torch.strided and not x.is_neg()
+    """Whether a tensor's numbers are what lies at its address, on the CPU."""
+    return _native.stored(x) == 1
+
+
+def kernel_of(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[2], weight.shape[3]
 
 
 def remember(cache: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
@@ -52,10 +57,10 @@ class PackedStep:
     """A native call on packed weights. For each shape of the input all but the addresses is known.
 
     Behind the input a step that is `gated` takes factors [N, C, 1, 1] of the input, and one with a `residual`
-    a tensor that is added to the result.
+    a tensor that is added to the result: where their layouts differ, the sum has that of the first.
     """
 
-    gated = residual = False
+    gated = residual = residual_first = False
 
     def __init__(
         self,
@@ -92,7 +97,7 @@ class PackedStep:
             if x.dim() == 3:
                 y = self(x.unsqueeze(0)).squeeze(0)
                 return y.contiguous() if x.is_contiguous() else y
-            x = x.resolve_neg()
+            x = _native.as_stored(x, "input")
             if not is_native(x):
                 raise RuntimeError(f"input must be a dense tensor on the CPU, got {x.layout} on {x.device}")
             call = self.prepare(x)
@@ -101,7 +106,7 @@ class PackedStep:
         problem, shape, layout, dense, kept = call
         if not dense:
             x = x.contiguous(memory_format=layout)
-        output = torch.empty(shape, dtype=self.dtype, memory_format=layout)
+        output = torch.empty(shape, dtype=self.dtype, device=CPU, memory_format=layout)
         if _native.own_pool:
             _native.core.set_num_threads(torch.get_num_threads())
         _native.core.forward_packed(problem, "", x.data_ptr(), *self.packed_at, output.data_ptr())
@@ -113,8 +118,11 @@ class PackedStep:
         residual = operands[-1] if self.residual else None
         if call is None:
             y = self(x if gate is None else x * gate)
-            return y if residual is None else y + residual
-        problem, output = call[0], torch.empty(call[1], dtype=self.dtype, memory_format=torch.channels_last)
+            if residual is None:
+                return y
+            return residual + y if self.residual_first else y + residual
+        problem = call[0]
+        output = torch.empty(call[1], dtype=self.dtype, device=CPU, memory_format=torch.channels_last)
         if _native.own_pool:
             _native.core.set_num_threads(torch.get_num_threads())
         addresses = (0 if extra is None else extra.data_ptr() for extra in (gate, residual))
@@ -149,7 +157,7 @@ class PackedStep:
         if call is None:
             return None
         problem, shape = call
-        result = torch.empty(shape, dtype=self.dtype, memory_format=torch.channels_last)
+        result = torch.empty(shape, dtype=self.dtype, device=CPU, memory_format=torch.channels_last)
         gate, residual = 1 if self.gated else -1, len(operands) if self.residual else -1
         return Link([(problem, *self.packed_at, 0, gate, residual)], result, [self.packed])
 
@@ -158,7 +166,7 @@ class PackedStep:
         dw, pw, db, b = self.weights
         pads = self.padding
         if isinstance(pads, str):
-            pads = same_padding(x, dw, self.stride, self.dilation)
+            pads = same_padding(x, kernel_of(dw), self.stride, self.dilation)
         geometry = self.stride, pads, self.dilation, self.mid_activation, self.activation
         return _ops.cpu_kernel(x, dw, pw, db, b, self.packed, *geometry)
 
@@ -166,7 +174,7 @@ class PackedStep:
         dw, pw, db, b = self.weights
         pads = self.padding
         if isinstance(pads, str):
-            pads = same_padding(x, dw, self.stride, self.dilation)
+            pads = same_padding(x, kernel_of(dw), self.stride, self.dilation)
         stand_in = dw.new_empty(1, 1, 1, 1).expand(1, dw.shape[0], 1, 1) if pw is None else pw
         shape = _ops.output_shape(x, dw, stand_in, db, b, self.stride, pads, self.dilation)
         if x.dtype is not self.dtype:
@@ -258,11 +266,11 @@ class ExpandedStep(PackedStep):
         ew, eb = expand.weight.detach(), None if expand.bias is None else expand.bias.detach()
         e_pads, pads = expand.padding, self.padding
         if isinstance(e_pads, str):
-            e_pads = same_padding(x, ew, expand.stride, expand.dilation)
+            e_pads = same_padding(x, kernel_of(ew), expand.stride, expand.dilation)
         if isinstance(pads, str):
             sides = zip(x.shape[-2:], (e_pads[:2], e_pads[2:]), ew.shape[2:], expand.stride, strict=True)
             plane = [_expanded.expanded_size(size, *ends, k, s) for size, ends, k, s in sides]
-            pads = same_padding(x.new_empty(()).expand(plane), dw, self.stride, self.dilation)
+            pads = same_padding(x.new_empty(()).expand(plane), kernel_of(dw), self.stride, self.dilation)
         geometry = expand.stride, e_pads, self.stride, pads, self.dilation
         activations = self.expand_activation, self.mid_activation, self.activation
         return x, ew, dw, pw, eb, db, b, *geometry, *activations, self.sum_with_input
@@ -335,8 +343,7 @@ class DenseStep:
 
     def __init__(self, convolution: Convolution, activation: str) -> None:
         self.__name__ = convolution.name.replace(".", "_")
-        weight = convolution.weight.detach()
-        self.weight = weight.contiguous(memory_format=torch.channels_last)
+        self.weight = convolution.weight.detach()
         self.bias = None if convolution.bias is None else convolution.bias.detach()
         padding: Any = convolution.padding
         if not isinstance(padding, str):  # nn.Conv2d's, so the same on both sides
@@ -346,6 +353,10 @@ class DenseStep:
         if activation != "identity":
             self.activate = IN_PLACE.get(activation, ACTIVATIONS[activation].forward)
 
+    def to_channels_last(self) -> None:
+        """For channels-last inputs: of others torch would give the result the format of the weight."""
+        self.weight = self.weight.contiguous(memory_format=torch.channels_last)
+
     def __call__(self, x: Tensor) -> Tensor:
         y = torch.conv2d(x, self.weight, self.bias, *self.geometry)
         return y if self.activate is None else self.activate(y)
@@ -353,17 +364,24 @@ class DenseStep:
 
 def add(a: Tensor, b: Tensor | float) -> Tensor:
     """a + b, where a is nobody else's."""
-    if isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype:
+    if isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride():
         return a.add_(b)
     return a + b
 
 
+def add_behind(a: Tensor, b: Tensor | float) -> Tensor:
+    """b + a, where a is nobody else's. (The sum has the layout of the first.)"""
+    if isinstance(b, Tensor) and a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride():
+        return a.add_(b)
+    return b + a
+
+
 def as_contiguous(x: Any) -> Any:
     """Row-major tensors, in any nesting, of those with four dimensions."""
-    return tree_map_only(Tensor, _row_major, x)
+    return tree_map_only(Tensor, row_major, x)
 
 
-def _row_major(x: Tensor) -> Tensor:
+def row_major(x: Tensor) -> Tensor:
     """Contiguous, an image with the strides that a fresh one has, also of one channel or of none."""
     if x.dim() != 4:
         return x
