@@ -9,7 +9,11 @@ from networks import randomize_norms
 from torch import nn
 
 import fastsep
+from fastsep._optimize.layouts import as_channels_last, as_channels_last_or_planar
 from fastsep._optimize.series import SeriesStep
+from fastsep._optimize.steps import as_contiguous, row_major
+
+CONVERSIONS = as_channels_last, as_channels_last_or_planar, as_contiguous, row_major
 
 
 class Block(nn.Module):
@@ -62,9 +66,16 @@ def settled(model, x=X):
     return results[-1]
 
 
+def nodes_of(optimized):
+    """What the optimized forward calls for an image in NCHW, but for conversions from and to that."""
+    program = optimized.__dict__["forward"]._plans[0].programs.contiguous
+    return [
+        node for node in program.graph.nodes if node.op.startswith("call") and node.target not in CONVERSIONS
+    ]
+
+
 def targets_of(optimized):
-    graph = optimized.__dict__["forward"]._plans[0].graph
-    return [node.target for node in graph.graph.nodes if node.op not in ("placeholder", "get_attr", "output")]
+    return [node.target for node in nodes_of(optimized)]
 
 
 def steps_of(optimized):

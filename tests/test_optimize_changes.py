@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 import pytest
 import torch
 import torch.nn.functional as F
-from optimizing import Block, X, check, made, settled
+from optimizing import Block, X, check, made, settled, targets_of
 from test_optimize_surroundings import Residual, expanded_steps
 from torch import nn
 
@@ -279,8 +279,7 @@ def test_results_on_other_devices(compute):
 
 
 def test_steps_read_no_memory_but_the_cpus():
-    graph = fastsep.optimize(made(Block())).__dict__["forward"]._plans[0].graph.graph
-    step = next(node.target for node in graph.nodes if node.op == "call_function")
+    (step,) = targets_of(fastsep.optimize(made(Block())))
     expected = step(X)
     with pytest.raises(RuntimeError, match=r"input must be a dense tensor on the CPU, got .* on meta"):
         step(X.to("meta"))
@@ -402,8 +401,7 @@ def test_caches_lose_their_oldest():
         remember(cache, key, -key, 3)
     assert cache == {2: -2, 3: -3, 4: -4}
     optimized = fastsep.optimize(made(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1))))
-    graph = optimized.__dict__["forward"]._plans[0].graph.graph
-    step = next(node.target for node in graph.nodes if node.op == "call_function")
+    (step,) = targets_of(optimized)
     for width in range(3, 4 + steps._REMEMBERED):
         step(X.new_zeros(1, 8, 4, width))
     assert len(step.calls) == steps._REMEMBERED

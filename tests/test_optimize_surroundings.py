@@ -8,23 +8,16 @@ import operator
 import pytest
 import torch
 import torch.nn.functional as F
-from optimizing import Block, X, check, made
+from optimizing import Block, X, check, made, only_series, steps_of
 from torch import nn
 
 import fastsep
 from fastsep import SeparableConv2d, _native
 from fastsep._optimize import steps
-from fastsep._optimize.series import MeanStep, SeriesStep
+from fastsep._optimize.series import MeanStep
 from fastsep._optimize.steps import ExpandedStep
 
 pytestmark = pytest.mark.skipif(_native.core is None, reason="the native module is missing")
-
-
-def steps_of(optimized):
-    """What the optimized forward calls, the parts of series one by one."""
-    graph = optimized.__dict__["forward"]._plans[0].graph
-    targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
-    return [step for target in targets for step in getattr(target, "links", [target])]
 
 
 def expanded_steps(optimized):
@@ -161,12 +154,7 @@ def test_stem(size, padding):
     model = made(nn.Sequential(stem, nn.BatchNorm2d(16), nn.ReLU6(), *pair, *head))
     x = torch.randn(size, generator=torch.Generator().manual_seed(0))
     optimized, _ = check(model, x)
-    (series,) = (
-        node.target
-        for node in optimized.__dict__["forward"]._plans[0].graph.graph.nodes
-        if node.op == "call_function"
-    )
-    assert isinstance(series, SeriesStep)
+    series = only_series(optimized)
     assert len(series.links) == 3
     gc.collect()
     with torch.no_grad():

@@ -150,7 +150,7 @@ def test_unpickling_in_another_process(tmp_path):
     program = (
         "import sys, torch, fastsep; model, x, expected = torch.load(sys.argv[1], weights_only=False); "
         "torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5); "
-        "assert model.__dict__['forward']._plans[0].graph is not None; "
+        "assert model.__dict__['forward']._plans[0].programs.contiguous is not None; "
         "print(len(fastsep.report(model).fused))"
     )
     result = run(f'python -c "{program}" {tmp_path / "model.pt"}')

@@ -69,6 +69,13 @@ class Memory:
         return any(self.is_written(node, node) for node in self._copies)
 
 
+def attribute_written(graph: fx.Graph, reader: Reader) -> str:
+    """The name of a parameter or another attribute whose memory the graph may write to, or ""."""
+    memory = Memory(graph, reader)
+    attributes = [node for node in graph.nodes if node.op == "get_attr"]
+    return next((str(node.target) for node in attributes if memory.is_written(node, node)), "")
+
+
 def sharing(reader: Reader, node: fx.Node) -> tuple[bool, bool]:
     """Whether a node's result may be on its arguments' memory, and whether it may also be a copy.
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from torch import fx, nn
 
+from .. import _native
 from .chains import Reader, UnfitError
 from .forward import Plan, State
 from .patterns import PATTERNS, TRAINING_PATTERNS, Match
+from .regions import Region, Traced, region_of
 from .report import Candidate
 from .rewrite import drop_rank_checks, rewrite, surroundings
-from .trace import Region, Traced, inference_tensor, trace
+from .trace import inference_tensor
 from .verify import match_error, tolerance_of
 
 Mode = Literal["inference", "training"]
 Filter = Callable[[nn.Module, str], bool]
 
-_FILTERED = "filter_fn"
+FILTERED = "filter_fn"
 
 
 class Maker:
@@ -35,22 +38,26 @@ class Maker:
         nothing = Plan(State(module, weights=inference))
         if inference and (any(child.training for child in module.modules()) or inference_tensor(module)):
             return nothing
+        if not all(map(_native.has_memory, (*module.parameters(), *module.buffers()))):
+            return nothing
         try:
-            graph = self.traced.graph_of(module) or trace(module, gradients=not inference)
+            graph = self.traced.graph_of(module)
+            if graph is None:
+                return self.plan(region_of(self.name, module, gradients=not inference))[0]
             return self.plan(Region(self.name, module, graph))[0]
         except (TypeError, ValueError):
             return nothing
 
     def plan(self, region: Region, filter_fn: Filter | None = None) -> tuple[Plan, list[Candidate]]:
-        """The plan, without a graph where there is nothing for a kernel, and every candidate with the reason.
+        """The plan, without programs where there is nothing for a kernel, and all candidates with reasons.
 
         For inference what is around the candidates is folded, too, and given to kernels.
         """
         inference, module = self.mode == "inference", region.module
-        self.traced = Traced.of(module, region.graph)
-        region = Region(region.name, module, copy.deepcopy(region.graph))
+        self.traced = Traced.of(region)
+        region = replace(region, graph=copy.deepcopy(region.graph))
         attributes = {str(node.target) for node in region.graph.nodes if node.op == "get_attr"}
-        state = State(module, attributes, weights=inference)  # before anything is read
+        state = State(module, attributes, region.read, weights=inference)  # before anything is folded
         drop_rank_checks(region)
         reader = Reader(module, region.graph, folding=inference)
         matches, candidates, filtered = self._find(reader, filter_fn)
@@ -59,9 +66,9 @@ class Maker:
             matches += surroundings(reader, taken)
         if not any(match.convolution is not None for match in matches):
             return Plan(state), candidates
-        graph, called, layouts = rewrite(region, matches, inference=inference)
+        programs, called = rewrite(region, matches, inference=inference)
         state.release(called)
-        return Plan(state, graph, *layouts), candidates
+        return Plan(state, programs), candidates
 
     def _find(
         self, reader: Reader, filter_fn: Filter | None
@@ -76,11 +83,11 @@ class Maker:
             if local is None or node in taken:
                 continue
             name = f"{self.name}.{local}" if self.name else local
-            candidate = Candidate(name, False, _FILTERED)
+            candidate = Candidate(name, False, FILTERED)
             candidates.append(candidate)
             if filter_fn is not None and not filter_fn(reader.module(node) or reader.root, name):
-                self.left[name] = _FILTERED
-            if self.left.get(name) == _FILTERED:
+                self.left[name] = FILTERED
+            if self.left.get(name) == FILTERED:
                 filtered.add(node)
                 continue
             try:

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
 
-from .aliases import Memory, sharing
+from .aliases import Memory
 from .chains import Reader, UnfitError
+from .formats import NO_IMAGE, note_formats
+from .layouts import Programs, can_be_channels_last, mark_planar, programs
 from .patterns import Match
-from .series import SeriesStep
+from .regions import Region
+from .series import SeriesStep, gives_image
 from .shuffles import take_halves
-from .steps import ExpandedStep, PackedStep, add, as_contiguous, gather
+from .steps import PackedStep, add, add_behind, gather
 from .surroundings import SURROUNDINGS
-from .trace import Region, why_opaque
-
-
-class Layouts(NamedTuple):
-    """What a graph's tensors of four dimensions are to be."""
-
-    channels_last: bool = False
-    planar: frozenset[int] = frozenset()  # inputs, by their number, that may be NCHW all the same
 
 
 def drop_rank_checks(region: Region) -> None:
@@ -60,23 +55,23 @@ def _erase_unused(graph: fx.Graph, node: Any) -> None:
         graph.erase_node(node)
 
 
-def rewrite(
-    region: Region, matches: list[Match], *, inference: bool
-) -> tuple[fx.GraphModule, set[nn.Module], Layouts]:
-    """The region's graph with the steps in it, the modules that it still calls, and the layouts it is for."""
+def rewrite(region: Region, matches: list[Match], *, inference: bool) -> tuple[Programs, set[nn.Module]]:
+    """The programs with the steps in them, and the modules that they still call."""
     graph = region.graph
     reader = Reader(region.module, graph)
     gone = [node for match in matches for node in match.nodes]
+    note_formats(reader)
     fresh = {_replace(graph, match) for match in matches}
-    layouts = Layouts()
+    channels_last = False
     if inference:
         gone += _drop_identities(graph, reader)
         take_halves(graph, fresh)
         _add_to_steps(graph, reader, fresh)
-        if _prepare_channels_last(graph, reader, fresh):
-            layouts = Layouts(channels_last=True, planar=_planar_inputs(graph, fresh))
+        channels_last = can_be_channels_last(graph, reader, fresh)
         steps = [getattr(node.target, "step", node.target) for node in graph.nodes if node in fresh]
         gather(step for step in steps if isinstance(step, PackedStep))
+        if channels_last:
+            mark_planar(graph, fresh)
         _join(graph)
     for node in reversed(list(graph.nodes)):
         if node.op == "get_attr":
@@ -84,7 +79,7 @@ def rewrite(
     graph.lint()
     # One that is called here and computed by a step there is not called as often as it was.
     called = _modules_of(reader, graph.nodes) - _modules_of(reader, gone)
-    return fx.GraphModule(region.module, graph), called, layouts
+    return programs(region.module, graph, reader, channels_last=channels_last), called
 
 
 def _modules_of(reader: Reader, nodes: Iterable[fx.Node]) -> set[nn.Module]:
@@ -114,6 +109,7 @@ def _replace(graph: fx.Graph, match: Match) -> fx.Node:
     first, last = match.nodes[0], match.nodes[-1]
     with graph.inserting_before(first):
         node = graph.call_function(match.step, match.inputs)
+    node.meta["formats"] = last.meta.get("formats") if gives_image(match.step) else NO_IMAGE
     last.replace_all_uses_with(node)
     for old in reversed(match.nodes):
         graph.erase_node(old)
@@ -144,12 +140,13 @@ def _add_to_steps(graph: fx.Graph, reader: Reader, fresh: set[fx.Node]) -> None:
             # The step reads it where it is itself. It may be another by the sum. (A summand of another shape
             # is for the step to find.)
             if _can_add(a.target) and in_time and not Memory(graph, reader, fresh).is_written(b, a, node):
-                a.target.residual = True
+                a.target.residual, a.target.residual_first = True, a is node.args[1]
                 a.args = *a.args, b
+                a.meta["formats"] = node.meta.get("formats")
                 node.replace_all_uses_with(a)
                 graph.erase_node(node)
             else:
-                node.target, node.args = add, (a, b)
+                node.target, node.args = add if a is node.args[0] else add_behind, (a, b)
             break
 
 
@@ -160,7 +157,10 @@ def _can_add(step: Any) -> bool:
 
 
 def _join(graph: fx.Graph) -> None:
-    """Makes one step of steps with nothing but such between them."""
+    """Makes one step of steps with nothing but such between them. What nobody reads is not computed."""
+    for node in reversed(list(graph.nodes)):
+        if hasattr(node.target, "link"):
+            _erase_unused(graph, node)
     run: list[fx.Node] = []
     for node in list(graph.nodes):
         if hasattr(node.target, "link"):
@@ -190,66 +190,7 @@ def _join_run(graph: fx.Graph, run: list[fx.Node]) -> None:
         with graph.inserting_after(joined):
             results = [graph.call_function(operator.getitem, (joined, i)) for i in range(len(outputs))]
     for node, result in zip(outputs, results, strict=True):
+        result.meta["formats"] = node.meta.get("formats")
         node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in inside)
     for node in reversed(run):
         graph.erase_node(node)
-
-
-def _planar_inputs(graph: fx.Graph, fresh: set[fx.Node]) -> frozenset[int]:
-    """The inputs that nothing but one step reads, and that as it lies in NCHW."""
-    inputs = [node for node in graph.nodes if node.op == "placeholder"]
-    found = []
-    for i, node in enumerate(inputs):
-        user = next(iter(node.users)) if len(node.users) == 1 else None
-        if user not in fresh or user.args != (node,):
-            continue
-        step = user.target
-        if isinstance(step, ExpandedStep) and step.can_be_planar():
-            step.planar = True
-            found.append(i)
-    return frozenset(found)
-
-
-# What asks for a tensor's place in memory and not for its values.
-_LAYOUT_METHODS = {
-    *("stride", "as_strided", "is_contiguous", "storage", "untyped_storage", "storage_offset", "data_ptr"),
-    *("resize_", "set_", "view_as", "as_strided_"),
-}
-
-
-def _prepare_channels_last(graph: fx.Graph, reader: Reader, fresh: set[fx.Node]) -> bool:
-    """Whether the graph means the same on channels-last tensors. Views become reshapes, which may copy.
-
-    What a module does that is called as it is nobody knows: it gets what it got before.
-    """
-    if Memory(graph, reader, fresh).copies_show():
-        return False
-    views, opaque = [], []
-    for node in graph.nodes:
-        module = reader.module(node)
-        if module is not None and why_opaque(module):
-            if not all(_is_its_own(reader, argument, fresh) for argument in node.all_input_nodes):
-                return False
-            opaque.append(node)
-        if node.op == "call_method" and node.target in _LAYOUT_METHODS:
-            return False
-        if node.op == "call_function" and node.target is torch.as_strided:
-            return False
-        if node.op == "call_method" and node.target == "view":
-            if any(isinstance(argument, torch.dtype) for argument in node.args) or node.kwargs:
-                return False
-            views.append(node)
-    for node in views:
-        node.target = "reshape"
-    for node in opaque:
-        for argument in node.all_input_nodes:
-            with graph.inserting_before(node):
-                node.replace_input_with(argument, graph.call_function(as_contiguous, (argument,)))
-    return True
-
-
-def _is_its_own(reader: Reader, node: fx.Node, fresh: set[fx.Node]) -> bool:
-    """Whether a node's one user may as well get a copy of the result, to which it may write."""
-    if len(node.users) != 1 or node.op in ("placeholder", "get_attr"):
-        return False
-    return node in fresh or not sharing(reader, node)[0]

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from .. import _native, _ops
 from .._activations import ACTIVATIONS
+from .._native import CPU
 from .chains import Convolution
 from .steps import DepthwiseStep, Link, PointwiseStep, is_native, remember
 
@@ -63,7 +64,7 @@ class MeanStep:
         rows = max(1, min(h, self.LARGEST // w))
         parts = -(-h // rows)
         for size, weight in (((rows, w), 1 / (h * w)), ((parts, 1), 1.0))[: 1 if parts == 1 else 2]:
-            equal = torch.full((c, 1, *size), weight, dtype=x.dtype)
+            equal = torch.full((c, 1, *size), weight, dtype=x.dtype, device=CPU)
             below = (0, rows * parts - h, 0, 0) if size[1] == w and parts > 1 else (0, 0, 0, 0)
             mean = Convolution(self.node, self.__name__, equal, None, (size[0], 1), below, (1, 1), c)
             yield DepthwiseStep(mean, "identity")
@@ -108,6 +109,11 @@ class LinearStep:
     def link(self, x: Tensor) -> Link | None:
         made = None if self.unfit(x) else self.step.link(as_image(x))
         return None if made is None else made._replace(result=x.new_empty(len(x), made.result.shape[1]))
+
+
+def gives_image(step: Any) -> bool:
+    """Whether the result of a step for an image has four dimensions."""
+    return not isinstance(step, LinearStep) and (not isinstance(step, MeanStep) or step.keeps_plane)
 
 
 def as_image(x: Tensor) -> Tensor:
@@ -161,7 +167,7 @@ class SeriesStep:
             whole = self.whole.get((x.shape, x.stride(), x.dtype))
             if whole is not None and is_native(x):
                 ((_, shape, dtype, layout),) = whole.gives
-                result = torch.empty(shape, dtype=dtype, memory_format=layout)
+                result = torch.empty(shape, dtype=dtype, device=CPU, memory_format=layout)
                 if _native.own_pool:
                     _native.core.set_num_threads(torch.get_num_threads())
                 whole.series.run([x.data_ptr()], [result.data_ptr()])
@@ -185,7 +191,8 @@ class SeriesStep:
 
     def run(self, part: Part, values: dict[int, Tensor]) -> None:
         results = [
-            torch.empty(shape, dtype=dtype, memory_format=layout) for _, shape, dtype, layout in part.gives
+            torch.empty(shape, dtype=dtype, device=CPU, memory_format=layout)
+            for _, shape, dtype, layout in part.gives
         ]
         if _native.own_pool:
             _native.core.set_num_threads(torch.get_num_threads())
@@ -213,8 +220,9 @@ class SeriesStep:
             part = self.prepare(begin, values)
             # For each of 16 shapes of the inputs there may be as many as steps.
             remember(self.parts, key, part, 16 * len(self.links))
-            one = len(values) == 1 and part.series is not None and part.end == len(self.links)
-            if one and [number for number, *_ in part.gives] == self.outputs:
+            whole = part.series is not None and part.end == len(self.links)
+            gives = [number for number, *_ in part.gives]
+            if whole and len(values) == len(gives) == 1 and gives == self.outputs:
                 remember(self.whole, key[1], part, 16)
         return part
 

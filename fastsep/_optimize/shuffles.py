@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from .. import _native
+from .._native import CPU
 from .._ops import memory_format
 from .chains import Reader
 from .steps import Link
@@ -39,7 +40,7 @@ class ShuffleStep:
         if not a.numel():
             return None
         begin, end = (0, 2 * c) if self.half is None else (self.half * c, self.half * c + c)
-        result = torch.empty((n, end - begin, h, w), dtype=a.dtype, memory_format=layout)
+        result = torch.empty((n, end - begin, h, w), dtype=a.dtype, device=CPU, memory_format=layout)
         return Link([((_native.DTYPES[a.dtype], n, c, h * w, begin, end), 0, 0, 0, 1, -1)], result, [])
 
 
@@ -122,6 +123,7 @@ def take_halves(graph: fx.Graph, fresh: set[fx.Node]) -> None:
         for item, half in halves.items():
             with graph.inserting_before(node):
                 step = graph.call_function(ShuffleStep(f"{node.name}_{half}", half), node.args)
+            step.meta["formats"] = item.meta.get("formats")
             item.replace_all_uses_with(step)
             graph.erase_node(item)
             fresh.add(step)

@@ -1,20 +1,22 @@
-"""From a module to graphs of it, by torch.fx; where a forward cannot be traced, from its children."""
+"""From a module to the graph of its forward, by torch.fx."""
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 import sys
 import threading
+import types
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from ..modules import SeparableConv2d
 from .randomness import RandomState
@@ -152,15 +154,6 @@ class Tracer(fx.Tracer):
         )
 
 
-@dataclass
-class Region:
-    """A module that can be traced, and its graph. `name` is the module's, "" for the model itself."""
-
-    name: str
-    module: nn.Module
-    graph: fx.Graph
-
-
 class _ChangedError(ValueError):
     """The forward, or another thread in the meantime, has changed something that does not belong to it."""
 
@@ -168,26 +161,70 @@ class _ChangedError(ValueError):
 class _Unchanged:
     """What tracing must leave alone: a forward that writes to its module means more than its graph says.
 
-    Its attributes, and what the lists, dictionaries and sets among them hold; not what those hold in turn.
+    The modules' attributes, and what can be reached from those: the contents of lists, dictionaries and sets,
+    and the attributes of plain objects.
     """
 
     def __init__(self, module: nn.Module) -> None:
         owners = [child.__dict__ for child in module.modules()]
-        values = [value for attributes in owners for value in attributes.values()]
-        filled = [*owners, *(value for value in values if isinstance(value, (list, dict, set, deque)))]
-        self._filled = [(container, _contents(container)) for container in filled]
-        tensors = *module.parameters(), *module.buffers(), *(v for v in values if isinstance(v, Tensor))
-        self._versions = [(tensor, _version(tensor)) for tensor in tensors]
+        containers, tensors = _reached(owners)
+        self._filled = [(container, _contents(container)) for container in containers]
+        # A forward has the parameters as stand-ins; to all other tensors it may write.
+        self.tensors = list({id(x): x for x in (*module.parameters(), *tensors)}.values())
+        parameters = {id(x) for x in module.parameters()}
+        self._values = [
+            (x, _version(x), None if id(x) in parameters else x.detach().clone()) for x in self.tensors
+        ]
 
     def restore(self) -> bool:
-        """Puts attributes back; False where there was something to put back, or a tensor was written to."""
-        unchanged = all(_version(tensor) == version for tensor, version in self._versions)
+        """Puts back what was changed; False where there was something."""
+        unchanged = True
+        for tensor, version, value in self._values:
+            if _version(tensor) != version:
+                unchanged = False
+                if value is not None:
+                    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                        tensor.resize_(value.shape).copy_(value)
         for container, before in self._filled:
             now = _contents(container)
             if len(now) != len(before) or not all(map(operator.is_, now, before)):
                 _refill(container, before)
                 unchanged = False
         return unchanged
+
+
+_MOST_REACHED = 10_000
+
+
+def _reached(owners: list[dict[str, Any]]) -> tuple[list[Any], list[Tensor]]:
+    """Containers and tensors that can be reached from these, as far as there are not too many."""
+    containers, tensors, waiting = [], [], deque[Any](owners)
+    seen = {id(owner) for owner in owners}
+    while waiting and len(seen) < _MOST_REACHED:
+        found = waiting.popleft()
+        if isinstance(found, Tensor):
+            tensors.append(found)
+            continue
+        held: Any = ()
+        if isinstance(found, (dict, list, set, deque)):
+            containers.append(found)
+            held = _contents(found)
+        elif isinstance(found, (tuple, frozenset)):
+            held = found
+        elif isinstance(attributes := getattr(found, "__dict__", None), dict):
+            held = (attributes,)
+        for value in held:
+            # Modules are owners, or none of this module's; functions and classes belong to the program.
+            if id(value) not in seen and not isinstance(value, _NOT_REACHED):
+                seen.add(id(value))
+                waiting.append(value)
+    return containers, tensors
+
+
+_NOT_REACHED = (
+    *(nn.Module, type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType),
+    *(str, bytes, int, float, complex, type(None), fx.Graph, fx.Node),
+)
 
 
 def _contents(container: Any) -> list[Any]:
@@ -222,7 +259,30 @@ _lock = threading.RLock()  # torch.fx patches nn.Module for the whole process wh
 _ATTEMPTS = 3
 
 
-def trace(module: nn.Module, *, gradients: bool) -> fx.Graph:
+class _Reads(TorchFunctionMode):
+    """Collects the tensors that a trace computes with at once, not by a stand-in: what it makes of them is a
+    constant in its graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        leaves = tree_leaves((args, kwargs))
+        if not any(issubclass(type(leaf), fx.Proxy) for leaf in leaves):
+            self.tensors += [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Trace:
+    """A graph, and the tensors of the module whose numbers, or sizes, are constants in it."""
+
+    graph: fx.Graph
+    read: list[Tensor]
+
+
+def trace(module: nn.Module, *, gradients: bool) -> Trace:
     """The graph of a module's forward; TypeError or ValueError where there is none that means the same.
 
     gradients: whether autograd is to watch the graph, as it watches the forward.
@@ -236,10 +296,10 @@ def trace(module: nn.Module, *, gradients: bool) -> fx.Graph:
         return _trace(module, gradients=gradients)
 
 
-def _trace(module: nn.Module, *, gradients: bool) -> fx.Graph:
-    unchanged, numbers = _Unchanged(module), RandomState()
+def _trace(module: nn.Module, *, gradients: bool) -> Trace:
+    unchanged, numbers, reads = _Unchanged(module), RandomState(), _Reads()
     try:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False), reads:
             with torch.inference_mode(False), torch.enable_grad():
                 graph = Tracer(gradients=gradients).trace(module)
             with torch.inference_mode():
@@ -253,78 +313,9 @@ def _trace(module: nn.Module, *, gradients: bool) -> fx.Graph:
         raise _ChangedError("it draws random numbers" if drawn else "it writes to the module")
     if _nodes_of(graph) != _nodes_of(other):
         raise ValueError("it asks whether gradients are recorded")
-    return graph
+    read = {id(x) for x in reads.tensors}
+    return Trace(graph, [x for x in unchanged.tensors if id(x) in read])
 
 
 def _nodes_of(graph: fx.Graph) -> list[tuple[Any, ...]]:
     return [(node.op, node.target, str(node.args), str(node.kwargs)) for node in graph.nodes]
-
-
-@dataclass
-class Traced:
-    """A graph, and what of its module it was made of; nobody changes it. A pickle of it is empty."""
-
-    graph: fx.Graph | None = None
-    modules: list[nn.Module] = field(default_factory=list)
-    traits: list[Any] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, module: nn.Module, graph: fx.Graph) -> Traced:
-        modules = list(module.modules())
-        return cls(graph, modules, _traits(modules))
-
-    def graph_of(self, module: nn.Module) -> fx.Graph | None:
-        """The graph, where it is still what the module's forward would be traced as."""
-        modules = list(module.modules())
-        return self.graph if modules == self.modules and _traits(modules) == self.traits else None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
-        return Traced(self.graph, copy.deepcopy(self.modules, memo), self.traits)
-
-    def __reduce__(self) -> tuple[type, tuple[()]]:
-        return Traced, ()
-
-
-def _traits(modules: list[nn.Module]) -> list[Any]:
-    """What a forward may ask its modules for beside numbers. (Of the first, which it is, no hook counts.)"""
-    slots = [slots for module in modules for slots in (module._parameters, module._buffers)]
-    return [
-        *(module.training for module in modules),
-        *(bool(why_opaque(module)) for module in modules[1:]),
-        *((name, value is None) for kind in slots for name, value in kind.items()),
-        *(name for module in modules for name in module._modules),
-    ]
-
-
-def regions(model: nn.Module, *, gradients: bool) -> tuple[list[Region], dict[str, str]]:
-    """Graphs that cover as much of the model as can be, and for modules without one the reason."""
-    found: list[Region] = []
-    reasons: dict[str, str] = {}
-    seen: set[nn.Module] = set()
-
-    def visit(name: str, module: nn.Module) -> None:
-        if module in seen or not any(isinstance(child, nn.Conv2d) for child in module.modules()):
-            return
-        seen.add(module)
-        if isinstance(module, (SeparableConv2d, nn.Conv2d)):
-            return
-        inner: list[tuple[str, nn.Module]] = []
-        if type(module).forward is nn.Module.forward:  # a list of modules, or the like
-            inner = list(module.named_children())
-        elif "forward" in module.__dict__:
-            reasons[name] = "has a forward of its own"
-        else:
-            try:
-                graph = trace(module, gradients=gradients)
-            except (TypeError, ValueError) as error:
-                reasons[name] = f"could not be traced: {error}"
-                inner = list(module.named_children())
-            else:
-                found.append(Region(name, module, graph))
-                called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-                inner = [(target, module.get_submodule(target)) for target in sorted(called)]
-        for child_name, child in inner:
-            visit(f"{name}.{child_name}" if name else child_name, child)
-
-    visit("", model)
-    return found, reasons
