@@ -209,6 +209,8 @@ def why_not_now(input: Tensor) -> str:
 def _functionalizes() -> bool:
     """Whether one of torch.func's transforms is the one that knows no autograd.Function."""
     functorch: Any = torch._C._functorch
+    if torch.compiler.is_compiling():  # which knows the transforms that it meets, and this function not
+        return False
     stack = functorch.get_interpreter_stack() or ()
     return any(level.key() == functorch.TransformType.Functionalize for level in stack)
 

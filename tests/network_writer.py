@@ -87,7 +87,7 @@ class Writer:
         modules = [*self.modules]
         try:
             write(self)
-        except RuntimeError:
+        except (RuntimeError, ValueError):
             self.init, self.forward, self.images, self.modules = init, forward, images, modules
 
 

@@ -78,6 +78,69 @@ def test_results_and_their_strides(results, inputs, weights):
                     assert ours == theirs
 
 
+# A plane of one pixel is dense in both formats; of what it is made, its strides and the next operator tell.
+PIXELS = {
+    "mean": lambda net, x: x * net.gate(x.mean((2, 3), keepdim=True)).sigmoid(),
+    "pooled": lambda net, x: F.hardsigmoid(net.gate(F.adaptive_avg_pool2d(x, 1))) * x,
+    "spelled out": lambda net, x: x * (F.relu6(net.gate(x.mean([2, 3], True)) + 3) / 6),
+    "viewed": lambda net, x: x * net.linear(x.mean((2, 3))).view(-1, 8, 1, 1).sigmoid(),
+    "indexed": lambda net, x: x * net.linear(x.mean((2, 3)))[:, :, None, None],
+    "unsqueezed": lambda net, x: x * net.linear(x.mean((2, 3))).unsqueeze(2).unsqueeze(3),
+    "concatenated": lambda net, x: torch.cat([x, net.large(x, net.norm(net.pool(x)))], 1)[:, 4:12],
+    "concatenated as it is": lambda net, x: torch.cat([x, net.large(x, net.pool(x))], 1)[:, 4:12],
+}
+
+
+@pytest.mark.parametrize("inputs", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("pixel", PIXELS)
+def test_pixels_between(pixel, inputs):
+    class Net(Stages):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.linear, self.norm = nn.Conv2d(8, 8, 1), nn.Linear(8, 8), nn.BatchNorm2d(8)
+            self.pool, self.last = nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 5, 1)
+
+        def large(self, x, pixel):
+            return F.interpolate(pixel, size=x.shape[-2:], mode="bilinear")
+
+        def forward(self, x):
+            return F.relu(self.last(PIXELS[pixel](self, self.stages(x)[2])))
+
+    own = made(Net())
+    optimized = fastsep.optimize(own, IMAGE)
+    programs = optimized.forward._plans[0].programs
+    assert programs.contiguous is not None
+    assert programs.channels_last is not None
+    x = IMAGE.contiguous(memory_format=inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(optimized(x), own(x), rtol=1e-4, atol=1e-5, check_stride=True)
+
+
+@pytest.mark.parametrize("size", [(2, 3, 20, 22), (2, 3, 2, 2)])
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_convolution_that_makes_more_of_a_pixel(size, writes):
+    """What it makes of one behind a norm is contiguous, else it is as the input: it depends on the size."""
+
+    class Net(Stages):
+        def __init__(self):
+            super().__init__()
+            self.dense, self.norm = nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8)
+            self.grow = nn.Conv2d(8, 8, (3, 1), padding=1, groups=8)
+            self.last = nn.Conv2d(8, 4, 1)
+
+        def forward(self, x):
+            if writes:
+                x.add_(0)
+            return self.last(self.grow(self.norm(self.dense(self.stages(x)[2])))) * 2
+
+    own = made(Net())
+    optimized = fastsep.optimize(own)
+    for inputs in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(size).contiguous(memory_format=inputs)
+        with torch.no_grad():
+            torch.testing.assert_close(optimized(x), own(x), rtol=1e-4, atol=1e-5, check_stride=True)
+
+
 def test_results_that_nobody_reads():
     class Net(Stages):
         def forward(self, x):

@@ -78,13 +78,18 @@ def can_be_channels_last(graph: fx.Graph, reader: Reader, fresh: set[fx.Node]) -
     if memory.copies_show() or any(_draws(reader, node) for node in graph.nodes):
         return False
     tail = _tail(graph, reader)
-    if any(_copy_shows(reader, memory, node, readers) for node, readers in _borders(graph, tail, reader)):
-        return False
+    for node, readers in _borders(graph, tail, reader):
+        inside = node not in tail and node.op != "placeholder"
+        if _copy_shows(reader, memory, node, readers) or (inside and _is_unknown(node)):
+            return False
     views, opaque = [], []
     for node in graph.nodes:
         module = reader.module(node)
         if module is not None and why_opaque(module):
-            if not all(_is_its_own(reader, argument, fresh) for argument in node.all_input_nodes):
+            given = node.all_input_nodes
+            if not all(_is_its_own(reader, argument, fresh) for argument in given) or any(
+                map(_is_unknown, given)
+            ):
                 return False
             opaque.append(node)
         if node.op == "call_method" and node.target in _LAYOUT_METHODS:
@@ -240,7 +245,7 @@ def _restore(graph: fx.Graph, start: str, reader: Reader, *, converted: bool) ->
     have in the module's own forward for inputs of the format `start`; False where that is not known.
 
     A step's result is channels-last where the graph is `converted`. Else it has the format of its input, like
-    that of torch's convolutions, unless their weights are channels-last.
+    that of torch's convolutions, unless their weights are channels-last, or it is of one pixel or channel.
     """
     for node in [node for node in graph.nodes if node.target is restored]:
         wanted = _format_of(node.args[0], start)
@@ -255,13 +260,17 @@ def _restore(graph: fx.Graph, start: str, reader: Reader, *, converted: bool) ->
         if node in tail or node.op == "placeholder":
             continue
         wanted = _format_of(node, start)
-        if converted and wanted == "unknown":
+        if wanted == "unknown" and (converted or start == "channels_last"):
             return False
         if not converted and (start, wanted) == ("contiguous", "channels_last"):
             return False
         if wanted == "contiguous" and (converted or start == "channels_last"):
             _convert(graph, node, readers, row_major)
     return True
+
+
+def _is_unknown(node: fx.Node) -> bool:
+    return _format_of(node, "contiguous") == "unknown"
 
 
 def _format_of(node: Any, start: str) -> str | None:

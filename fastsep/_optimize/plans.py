@@ -67,6 +67,11 @@ class Maker:
         if not any(match.convolution is not None for match in matches):
             return Plan(state), candidates
         programs, called = rewrite(region, matches, inference=inference)
+        if programs.contiguous is programs.channels_last is None:
+            for candidate in candidates:
+                if candidate.fused:
+                    candidate.fused, candidate.reason = False, "which strides the results have is not known"
+            return Plan(state), candidates
         state.release(called)
         return Plan(state, programs), candidates
 

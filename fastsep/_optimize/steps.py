@@ -110,7 +110,7 @@ class PackedStep:
         if _native.own_pool:
             _native.core.set_num_threads(torch.get_num_threads())
         _native.core.forward_packed(problem, "", x.data_ptr(), *self.packed_at, output.data_ptr())
-        return output if kept else output.contiguous()
+        return output if kept else row_major(output)
 
     def with_operands(self, x: Tensor, *operands: Tensor) -> Tensor:
         call = None if _ops.VERBOSE else self.linked(x, *operands)
