@@ -18,6 +18,15 @@ namespace fastsep {
 
 namespace {
 
+// Until 3.11 a dict has a number that no other has ever had, and another one after each change.
+#if PY_VERSION_HEX < 0x030C0000
+constexpr bool has_versions = true;
+uint64_t version_of(py::handle dict) { return reinterpret_cast<const PyDictObject*>(dict.ptr())->ma_version_tag; }
+#else
+constexpr bool has_versions = false;
+uint64_t version_of(py::handle) { return 0; }
+#endif
+
 const PyDictObject& as_dict(py::handle object) { return *reinterpret_cast<const PyDictObject*>(object.ptr()); }
 
 // What shall be a dict: everything here reads them as such.
@@ -33,7 +42,7 @@ Unchanged::Dicts::Dicts(const py::list& dicts, py::handle ignored) {
     const size_t first = values_.size();
     checked_dict(dict);  // not under the lock, which an exception would leave closed
     FASTSEP_LOCKED(dict.ptr(), append_values(dict, ignored));
-    dicts_.push_back({dict, first, values_.size() - first});
+    dicts_.push_back({dict, first, values_.size() - first, version_of(dict)});
   }
 }
 
@@ -46,9 +55,12 @@ void Unchanged::Dicts::append_values(py::handle dict, py::handle ignored) {
 
 bool Unchanged::Dicts::are_same(bool partly) const {
   bool same = true;
-  for (const Dict& known : dicts_) {
+  for (Dict& known : dicts_) {
+    const uint64_t version = version_of(known.dict);
+    if (has_versions && version == known.version) continue;
     FASTSEP_LOCKED(known.dict.ptr(), same = is_same(known, partly));
     if (!same) return false;
+    known.version = version;
   }
   return true;
 }
@@ -98,7 +110,7 @@ void Unchanged::add_lines_of(const py::list& dicts) {
   for (const py::handle object : dicts) {
     const PyDictObject& dict = as_dict(object);
     add_lines(&dict.ma_used, sizeof(PyDictObject) - offsetof(PyDictObject, ma_used));
-    if (dict.ma_used == 0) continue;
+    if (dict.ma_used == 0 || has_versions) continue;
     if (dict.ma_values == nullptr)
       add_lines(dict.ma_keys, 192);  // a module's parameters take two lines or three
     else

@@ -2,7 +2,8 @@
 //
 // MobileNetV2 has 177 modules, 1416 dicts and 314 tensors. Each is a chain of pointers to memory that the call before
 // has displaced from the caches: to follow one after the other took 0.4 ms of 7. So all of their lines are asked for
-// first, and are under way together.
+// first, and are under way together. Until Python 3.11 a line of each dict is enough, its version: 0.28 ms instead of
+// 0.42 for what is looked at now, in a call of 10 ms (Zen 3, one thread).
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -39,10 +40,11 @@ class Unchanged {
     struct Dict {
       Handle dict;
       size_t first, count;
+      uint64_t version;
     };
     void append_values(Handle dict, Handle ignored);
     bool is_same(const Dict& known, bool partly) const;
-    std::vector<Dict> dicts_;
+    mutable std::vector<Dict> dicts_;
     std::vector<Handle> values_;
   };
   struct Slot {

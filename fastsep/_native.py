@@ -215,10 +215,11 @@ def pack(
 ) -> Tensor | None:
     """The weights as the native kernels want them, or None where no native kernel would use them.
 
-    A uint8 tensor at a multiple of 64 bytes, whose attribute `made_of` is a Snapshot of the weights. It
-    serves every input of that many channels, every layout, stride and activation; with an expand_weight, the
-    operator expanded_separable_conv2d; None then also where that weight is not finite and reaches beyond the
-    plane. Without a pointwise_weight they are those of the depthwise half alone.
+    A uint8 tensor at a multiple of 64 bytes, whose attribute `made_of` is a Snapshot of the weights, and
+    `calls` what is known of calls with them. It serves every input of that many channels, every layout,
+    stride and activation; with an expand_weight, the operator expanded_separable_conv2d; None then also where
+    that weight is not finite and reaches beyond the plane. Without a pointwise_weight they are those of the
+    depthwise half alone.
     """
     code = DTYPES.get(depthwise_weight.dtype)
     weights = (depthwise_weight, depthwise_bias, pointwise_weight, bias, expand_weight, expand_bias)
@@ -242,5 +243,5 @@ def pack(
     packed = room[-room.data_ptr() % 64 :][:size]
     dw, db, pw, b, ew, eb = (0 if w is None else w.data_ptr() for w in dense)
     core.pack(problem, "", dw, db, pw, b, packed.data_ptr(), size, ew, eb)
-    packed.made_of = made_of  # type: ignore[attr-defined]
+    packed.made_of, packed.calls = made_of, {}  # type: ignore[attr-defined]
     return packed

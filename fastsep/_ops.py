@@ -215,6 +215,13 @@ def native_problem(
     return problem, shape, torch.channels_last if nhwc else torch.contiguous_format
 
 
+def remember(cache: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
+    """Puts a value into a cache, and the oldest out of a full one."""
+    if len(cache) >= limit:
+        cache.pop(list(cache)[0], None)  # noqa: RUF015 (another thread may change it between iter() and next())
+    cache[key] = value
+
+
 def address(tensor: Tensor | None) -> int:
     """For the native functions, where 0 is a tensor that is not there."""
     return 0 if tensor is None else tensor.data_ptr()
@@ -236,9 +243,17 @@ def cpu_kernel(
     if core is None or input.dtype not in _native.DTYPES:
         tensors = input, depthwise_weight, pointwise_weight, depthwise_bias, bias
         return composed_kernel(*tensors, packed, *geometry)
-    problem, shape, layout = native_problem(
-        input, depthwise_weight, pointwise_weight, depthwise_bias, bias, *geometry
-    )
+    if packed is not None and not is_packed(packed, depthwise_weight, depthwise_bias, pointwise_weight, bias):
+        packed = None
+    calls: Any = None if packed is None else packed.calls  # type: ignore[attr-defined]
+    # A layer is asked for the same again and again. (From the dispatcher come lists, which are no keys.)
+    key = (input.shape, input.stride(), input.dtype, geometry) if type(geometry[0]) is tuple else None
+    known = calls.get(key) if calls else None
+    if known is None:
+        known = native_problem(input, depthwise_weight, pointwise_weight, depthwise_bias, bias, *geometry)
+        if calls is not None and key is not None:
+            remember(calls, key, known, 16)
+    problem, shape, layout = known
     output = torch.empty(shape, dtype=input.dtype, device=CPU, memory_format=layout)
     if shape[0] == 0:
         return output
@@ -246,7 +261,7 @@ def cpu_kernel(
         input = input.contiguous(memory_format=layout)
     if _native.own_pool:
         core.set_num_threads(torch.get_num_threads())
-    if packed is not None and is_packed(packed, depthwise_weight, depthwise_bias, pointwise_weight, bias):
+    if packed is not None:
         size = packed.numel() * packed.element_size()
         core.forward_packed(problem, "", input.data_ptr(), packed.data_ptr(), size, output.data_ptr())
         return output

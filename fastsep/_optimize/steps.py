@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from .. import _expanded, _native, _ops
 from .._activations import ACTIVATIONS, IN_PLACE
 from .._native import CPU
+from .._ops import remember
 from ..functional import same_padding
 from .chains import Convolution
 
@@ -44,13 +45,6 @@ def is_native(x: Tensor) -> bool:
 
 def kernel_of(weight: Tensor) -> tuple[int, int]:
     return weight.shape[2], weight.shape[3]
-
-
-def remember(cache: dict[Any, Any], key: Any, value: Any, limit: int) -> None:
-    """Puts a value into a cache, and the oldest out of a full one."""
-    if len(cache) >= limit:
-        cache.pop(list(cache)[0], None)  # noqa: RUF015 (another thread may change it between iter() and next())
-    cache[key] = value
 
 
 class PackedStep:
