@@ -116,7 +116,7 @@ def convolution_of(w: Writer, c: int, kind: str) -> tuple[str, int]:
 
 
 def norm_of(w: Writer, c: int) -> str:
-    """Of a constant plane, statistics of the batch make rounding errors times eps**-0.5: 10 instead of 316."""
+    """Of a constant plane, batch statistics make rounding errors times eps**-0.5: 10 here, not 316."""
     return w.choose([
         *[f"nn.BatchNorm2d({c})"] * 6,
         f"nn.BatchNorm2d({c}, affine=False)",
