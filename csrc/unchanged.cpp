@@ -60,7 +60,7 @@ bool Unchanged::Dicts::are_same(bool partly) const {
     if (has_versions && version == known.version) continue;
     FASTSEP_LOCKED(known.dict.ptr(), same = is_same(known, partly));
     if (!same) return false;
-    known.version = version;
+    if (has_versions) known.version = version;
   }
   return true;
 }

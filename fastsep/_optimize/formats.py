@@ -36,32 +36,11 @@ _FOLLOWING_MODULES = nn.GroupNorm, nn.LocalResponseNorm, nn.ChannelShuffle, nn.I
 
 # Operators whose result has the format of their arguments, beside all that are element by element.
 _FOLLOWING = {
-    *(
-        "max_pool2d",
-        "avg_pool2d",
-        "clone",
-        "detach",
-        "group_norm",
-        "dropout",
-        "flip",
-        "roll",
-        "chunk",
-        "split",
-    ),
-    *("narrow", "getitem", "normalize", "channel_shuffle", "stochastic_depth", "dropout2d", "alpha_dropout"),
-    *(
-        "float",
-        "double",
-        "to",
-        "type_as",
-        "data",
-        "glu",
-        "rand_like",
-        "randn_like",
-        "zeros_like",
-        "ones_like",
-    ),
-    *("local_response_norm", "lp_pool2d", "setitem", "select", "unbind"),
+    *("max_pool2d", "avg_pool2d", "lp_pool2d", "group_norm", "local_response_norm", "normalize", "glu"),
+    *("dropout", "dropout2d", "alpha_dropout", "stochastic_depth", "channel_shuffle", "flip", "roll"),
+    *("clone", "detach", "data", "float", "double", "to", "type_as"),
+    *("chunk", "split", "narrow", "getitem", "setitem", "select", "unbind"),
+    *("rand_like", "randn_like", "zeros_like", "ones_like"),
 }
 # Element by element, though torch has no tag that says so.
 _ELEMENTWISE = {"batch_norm", "elu_", "hardsigmoid_", "hardtanh_", "leaky_relu_", "relu6", "where"}
