@@ -7,12 +7,10 @@ Each run draws anew. A failure is printed as a program that shows it, with the t
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 import sys
 import textwrap
-import time
 import traceback
 import warnings
 from typing import Any
@@ -21,6 +19,7 @@ import torch
 from network_writer import write
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from trials import run_trials
 
 import fastsep
 
@@ -153,33 +152,14 @@ def try_network(program: str, seed: int, source: random.Random) -> str:
         return compare(optimized, own, inputs[source.randint(0, 2)], f"after {change.__name__}", 3)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
-    parser.add_argument("--trial", type=int, help="this one alone")
-    options = parser.parse_args()
-    end, number, failures = time.monotonic() + options.seconds, options.trial or 0, 0
-    first = number
-    while time.monotonic() < end or number == first:
-        source = random.Random(f"{options.seed} {number}")
-        program = write(source)
-        try:
-            wrong = try_network(program, number, source)
-        except Exception:
-            wrong = traceback.format_exc()
-        if wrong:
-            failures += 1
-            print(f"--seed {options.seed} --trial {number}: FAILED: {wrong}", flush=True)
-            print(textwrap.indent(program, "    "), flush=True)
-        number += 1
-        if options.trial is not None:
-            break
-    print(f"--seed {options.seed}: {number - first} networks, {failures} failed")
-    return 1 if failures else 0
+def attempt(source: random.Random, number: int, again: str) -> str:
+    program = write(source)
+    try:
+        wrong = try_network(program, number, source)
+    except Exception:
+        wrong = traceback.format_exc()
+    return f"{wrong}\n{textwrap.indent(program, '    ')}" if wrong else ""
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_trials(__doc__, "networks", attempt))

@@ -8,18 +8,16 @@ process ends; --seed and --trial run it alone. Between guard pages the kernels a
 
 from __future__ import annotations
 
-import argparse
 import copy
 import random
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from trials import run_trials
 
 import fastsep
 from fastsep import SeparableConv2d
@@ -256,34 +254,13 @@ TRIALS: dict[str, Callable[[Trial, int], float]] = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--seconds", type=float, default=10)
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
-    parser.add_argument("--trial", type=int, help="this one alone")
-    options = parser.parse_args()
-    end, number, failures = time.monotonic() + options.seconds, options.trial or 0, 0
-    first = number
-    while time.monotonic() < end or number == first:
-        trial = draw_trial(random.Random(f"{options.seed} {number}"))
-        print(f"--seed {options.seed} --trial {number}: {trial}", flush=True)
-        torch.set_num_threads(trial.threads)
-        try:
-            error = TRIALS[trial.kind](trial, number)
-            failure = f"{error:.3g} times its bound" if not error <= 1 else ""  # NaN fails
-        except Exception:
-            failure = traceback.format_exc()
-        if failure:
-            failures += 1
-            print(f"FAILED: {failure}", flush=True)
-        number += 1
-        if options.trial is not None:
-            break
-    print(f"{number - first} trials, {failures} failed")
-    return 1 if failures else 0
+def attempt(source: random.Random, number: int, again: str) -> str:
+    trial = draw_trial(source)
+    print(f"{again}: {trial}", flush=True)
+    torch.set_num_threads(trial.threads)
+    error = TRIALS[trial.kind](trial, number)
+    return f"{error:.3g} times its bound" if not error <= 1 else ""  # NaN fails
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_trials(__doc__, "trials", attempt))
